@@ -1,0 +1,400 @@
+"""Every option of the project: one tree of frozen dataclasses, which is the reference manual.
+
+A YAML file holds only what differs from the defaults and may name one other file as its `base:`.  On the command line
+`--set train.lr=2e-6 judge.enabled=false` overrides a field.  A value is text until its field's type says how to read it
+(so `name: 007` keeps its zeros and 1e-6 is a number).  An unknown or repeated key or a value of the wrong type is an
+error that names the key and what is valid: nothing is ignored, nothing is guessed.
+
+    config = load("configs/quickstart.yaml", ["train.lr=1e-4"])
+    python config.py configs/quickstart.yaml        # print the resolved tree
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+TASK_TYPES = (  # ALFWorld's six, in the order of its own ids 1 to 6
+    "pick_and_place_simple",
+    "look_at_obj_in_light",
+    "pick_clean_then_place_in_recep",
+    "pick_heat_then_place_in_recep",
+    "pick_cool_then_place_in_recep",
+    "pick_two_obj_and_place",
+)
+
+
+class ConfigError(Exception):
+    """A mistake in a config file or in --set: the message names the key and the cure."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    # a Hugging Face id or folder, a checkpoint of a run, or "tiny" (built from scratch)
+    path: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    # transformers' attn_implementation
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 1/3 more time
+    tiny_hidden: int = 128  # the four sizes of a "tiny" model
+    tiny_layers: int = 4
+    tiny_heads: int = 4
+    tiny_vocab: int = 1536
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    name: Literal["alfworld"] = "alfworld"
+    # who plays ALFWorld: games.py, or TextWorld itself (about 400 times slower)
+    engine: Literal["native", "textworld"] = "native"
+    data: str = ""  # folder that holds json_2.1.1/; empty: $ALFWORLD_DATA
+    level: Literal["L0", "L1", "L2"] = "L0"  # training level: L0 and L1 train on task_types, L2 on those not held out
+    task_types: tuple[str, ...] = TASK_TYPES  # task types of levels L0 and L1
+    held_out_types: tuple[str, ...] = TASK_TYPES[4:]  # task types that level L2 evaluates on and never trains on
+    max_steps: int = 30  # actions per episode
+    history: int = 2  # past (observation, action) pairs shown in the prompt
+
+
+@dataclass(frozen=True)
+class AlgoConfig:
+    advantage: Literal["grpo", "gigpo"] = "grpo"  # a key of losses.ADVANTAGES
+    divide_by_std: bool = True  # divide group-centred values by their standard deviation; false: Dr.GRPO, mean_norm
+    # group statistics over step rows (as published) or over episodes, each by its first row
+    stats_over: Literal["steps", "trajectories"] = "steps"
+    gamma: float = 0.95  # discount of the step returns (GiGPO)
+    step_weight: float = 1.0  # weight of the step-level advantage: GiGPO's omega, RLVMR's alpha
+    invalid_penalty: float = 0.1  # subtracted from the score of a row whose reply was not well formed
+    # factor on negative advantages; below 1 a small model unlearns less of what it can read
+    negative_weight: float = 1.0
+    policy_loss: Literal["ppo_clip"] = "ppo_clip"  # a key of losses.POLICY_LOSSES
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2
+    dual_clip: float | None = None  # the loss of a negative advantage A is at most this times |A|, for instance 3
+    aggregate: Literal["token", "sequence", "dr"] = "token"  # mean over tokens or rows, or sum over a constant length
+    kl: float = 0.01  # coefficient of the KL term against the initial model; 0: no reference model is kept
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy: float = 0.0  # coefficient of the entropy bonus
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it is installed
+    groups: int = 16  # games per iteration, over all ranks
+    group_size: int = 8  # episodes per game
+    temperature: float = 1.0
+    max_prompt_tokens: int = 2048  # a longer prompt drops its oldest history first
+    max_response_tokens: int = 512
+    concurrency: int = 128  # episodes in flight per rank
+    success_reward: float = 10.0  # reward of the step that wins
+    kv_cache_gib: float = 0.5  # CPU engine's cache
+    gpu_memory_utilization: float = 0.5  # share of GPU memory that vLLM may take
+    canary_bound: float = 0.2  # largest allowed mean |log-prob difference| between engine and trainer after a sync
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    enabled: bool = False  # GCD: co-train the actor to judge actions
+    weight: float = 1.0  # factor on L_GCD
+    questions: int = 16  # judged steps per iteration, over all ranks, half of them good where labels allow
+    group_size: int = 8  # answers per question
+    # who labels steps the rules leave open: nobody, or the environment's own expert
+    teacher: Literal["none", "expert"] = "none"
+    teacher_steps: int = 64  # unlabelled steps the teacher is shown per iteration, over all ranks
+    max_prompt_tokens: int = 3072
+    max_response_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class GuidelinesConfig:
+    every: int = 0  # iterations between refreshes of the golden rules; 0: no guidelines
+    pool: int = 512  # newest advice sentences kept
+    max_chars: int = 200  # length cap of one rule
+    themes: tuple[str, ...] = (
+        "explore unvisited places systematically while searching for the object",
+        "avoid repeating actions that did not change anything",
+        "read the current observation and choose an admissible action",
+        "go to the destination and finish the task once the object is held",
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    iterations: int = 200
+    lr: float = 1e-6
+    warmup: int = 0  # iterations of linear warm-up
+    schedule: Literal["constant", "linear"] = "constant"  # linear: falls to 0 at the last iteration
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    rows_per_update: int = 256  # actor rows per optimizer step, over all ranks; the judge's rows are dealt out alike
+    tokens_per_micro_batch: int = 16384
+    old_logprobs: Literal["trainer", "engine"] = "trainer"  # whose log-probs the policy ratio is taken against
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2  # older ones are deleted; the last one is always kept
+    eval_every: int = 0  # iterations between evaluations on eval.levels; 0: only evaluate.py evaluates
+    episodes_every: int = 1  # iterations between dumps of all episodes
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    # generative: plus critic rows; reading: random behaviour, for `make base`
+    variant: Literal["vanilla", "generative", "reading"] = "vanilla"
+    episodes: int = 300  # expert (reading: random) episodes
+    critic_examples: int = 100  # judged steps in the critic's format (generative)
+    noise: float = 0.0  # share of random actions played, but not taught, in the episodes
+    guided: float = 0.0  # share of prompts that carry guidelines
+    epochs: int = 5
+    lr: float = 1e-5
+    warmup_ratio: float = 0.1
+    rows_per_update: int = 16  # over all ranks
+    tokens_per_micro_batch: int = 16384
+    prompt_loss: float = 0.0  # weight of the loss on prompt tokens; 0: the reply alone
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    levels: tuple[str, ...] = ("L0", "L1", "L2")
+    games: int = 0  # first N games of each level's fixed list; 0: all
+    seeds: int = 3  # every game is played once per sampling seed
+    temperature: float = 0.4
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"  # the run's folder is runs/<name>
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    prompt_style: Literal["think"] = "think"  # which reasoning block the reply must open with
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    guidelines: GuidelinesConfig = field(default_factory=GuidelinesConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path("runs") / self.name
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config (and its base), apply `a.b=value` overrides, return the checked tree.
+
+    A value that opens a bracket, brace or quote is read as YAML, any other as it stands; null stands for None.
+    Raises ConfigError on a missing file, an unknown key, a value of the wrong type or a broken constraint.
+    """
+    tree = _read(Path(path))
+    if "base" in tree:
+        base_path = tree.pop("base")
+        if not base_path or not isinstance(base_path, str):
+            raise ConfigError(f"{path}: base={base_path!r}: expected the path of one file")
+        base = _read(Path(path).parent / base_path)
+        if "base" in base:
+            raise ConfigError(f"{path}: its base {base_path} has a base of its own; only one level is allowed")
+        tree = _merge(base, tree)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: expected key=value, for instance train.lr=1e-6")
+        *parents, leaf = key.strip().split(".")
+        value = value.strip()
+        node = {leaf: _parse_yaml(value, f"--set {text}") if value.startswith(("[", "{", '"', "'")) else value}
+        for parent in reversed(parents):
+            node = {parent: node}
+        tree = _merge(tree, node)
+    config = _build(Config, tree, "")
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Constraints between fields. Raises ConfigError."""
+    for name in ("task_types", "held_out_types"):
+        for task_type in getattr(config.env, name):
+            if task_type not in TASK_TYPES:
+                raise ConfigError(f"env.{name}: unknown task type {task_type!r}{_nearest(task_type, TASK_TYPES)}")
+    for level in config.eval.levels:
+        if level not in ("L0", "L1", "L2"):
+            raise ConfigError(f"eval.levels: unknown level {level!r}; levels are L0, L1, L2")
+    positive = {
+        "env.max_steps": config.env.max_steps,
+        "rollout.groups": config.rollout.groups,
+        "rollout.group_size": config.rollout.group_size,
+        "rollout.temperature": config.rollout.temperature,
+        "rollout.concurrency": config.rollout.concurrency,
+        "judge.questions": config.judge.questions,
+        "judge.group_size": config.judge.group_size,
+        "train.rows_per_update": config.train.rows_per_update,
+        "train.tokens_per_micro_batch": config.train.tokens_per_micro_batch,
+        "sft.rows_per_update": config.sft.rows_per_update,
+        "sft.tokens_per_micro_batch": config.sft.tokens_per_micro_batch,
+        "eval.seeds": config.eval.seeds,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise ConfigError(f"{key} is {value}; it must be positive")
+    if config.algo.advantage in ("grpo", "gigpo") and config.rollout.group_size < 2:
+        raise ConfigError("rollout.group_size is 1; a group-relative advantage needs at least 2 episodes per game")
+    if config.algo.dual_clip is not None and config.algo.dual_clip <= 1:
+        raise ConfigError(f"algo.dual_clip is {config.algo.dual_clip}; it bounds a ratio and must be above 1, or null")
+    if config.judge.enabled and config.judge.group_size < 2:
+        raise ConfigError("judge.group_size is 1; a group-relative judge loss needs at least 2 answers per question")
+    if config.guidelines.every and not config.judge.enabled:
+        raise ConfigError("guidelines.every needs judge.enabled=true: golden rules are distilled from critiques")
+
+
+def check_world(config: Config, world: int) -> None:
+    """The batch must divide over the ranks. Raises ConfigError."""
+    for key, value in {"rollout.groups": config.rollout.groups, "judge.questions": config.judge.questions}.items():
+        if value % world:
+            lower, upper = value // world * world, (value // world + 1) * world
+            near = f"{lower} or {upper}" if lower else f"{upper}"
+            raise ConfigError(f"{key}={value} does not divide over {world} ranks; set it to {near}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The tree as plain dictionaries and lists, ready for yaml.safe_dump; load() of it gives the same tree."""
+    plain = dataclasses.asdict(config)
+
+    def lists(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: lists(value) for key, value in node.items()}
+        return [lists(value) for value in node] if isinstance(node, tuple) else node
+
+    return lists(plain)
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved tree as YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_dump(config), encoding="utf-8")
+
+
+def parser(description: str, config_required: bool = True) -> argparse.ArgumentParser:
+    """The command line that all scripts share: a config file and --set."""
+    command = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("config", nargs=None if config_required else "?", help="YAML file, see configs/")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
+    return command
+
+
+def _dump(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; the ones that come with the project are in configs/")
+    tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if tree is None:  # an empty file: all defaults
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}, expected key: value lines")
+    return tree
+
+
+class _Loader(yaml.BaseLoader):
+    """YAML with every scalar left as text, and a repeated key an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        keys = [key for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:index]]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} occurs twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from None
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if isinstance(base, dict) and isinstance(over, dict):
+        return base | {key: _merge(base.get(key), value) for key, value in over.items()}
+    return over
+
+
+def _nearest(key: str, valid: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(valid)}"
+
+
+def _build(cls: type, tree: Any, where: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where or 'the config'}: expected key: value lines, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            raise ConfigError(f"unknown key {name}{_nearest(str(key), hints)}")
+        read = _build if dataclasses.is_dataclass(hints[key]) else _parse
+        values[key] = read(hints[key], value, name)
+    return cls(**values)
+
+
+def _parse(hint: Any, value: Any, name: str) -> Any:
+    """`value`, which is text or a list of texts, as the type `hint`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # only `T | None` is used
+        return None if value in ("null", "~", "") else _parse(args[0], value, name)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{name}={value!r}: expected a list")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise ConfigError(f"{name}={value!r}: expected {len(args)} values")
+        return tuple(_parse(args[0], item, name) for item in value)
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}={value!r}: expected one value")
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(args)}")
+    if hint is str:
+        return value
+    if hint is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        number = float(value.replace(".inf", "inf"))  # .inf is YAML's spelling
+        if hint is int and number.is_integer():
+            return int(value) if value.lstrip("+-").isdigit() else int(number)  # exact where 1e3 need not be
+        if hint is float and not math.isnan(number):
+            return number
+    except ValueError:
+        pass
+    raise ConfigError(f"{name}={value!r}: expected {hint.__name__}")
+
+
+def fail_clearly(main: typing.Callable[[], None]) -> None:
+    """Run a script's main(); the project's own errors end it with one line and exit code 2 instead of a traceback."""
+    try:
+        main()
+    except (ConfigError, FileNotFoundError) as error:
+        sys.stdout.flush()  # os._exit would lose what is still buffered
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # not sys.exit: under torchrun a rank must not wait in the process group's clean-up for its peers
+
+
+if __name__ == "__main__":
+    arguments = parser(__doc__).parse_args()
+    fail_clearly(lambda: print(_dump(load(arguments.config, arguments.set))))

@@ -1,0 +1,528 @@
+"""ALFWorld's text domain played natively: pure Python, microseconds a step, word for word what TextWorld says.
+
+What TextWorld derives from `alfred.pddl` and `alfred.twl2` (alfworld 0.4.2: "move X to Y", "You arrive at bed 1.")
+stands here as plain code over sets, together with an oracle that sees the whole state.
+Run:    python games.py --check DIR --games 30 --steps 30      (differential test against the real TextWorld engine)
+Departs from upstream: movable-receptacle and sliced goals are refused (ALFWorld itself skips them), and a game whose
+goal can never be reached plays on here, where TextWorld fails to load it. Of a stored game only `pddl_problem` and the
+task sentence inside its grammar are read, so the dialects of alfworld 0.3 and 0.4 load alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import random
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TASK_TYPES = {
+    1: "pick_and_place_simple",
+    2: "look_at_obj_in_light",
+    3: "pick_clean_then_place_in_recep",
+    4: "pick_heat_then_place_in_recep",
+    5: "pick_cool_then_place_in_recep",
+    6: "pick_two_obj_and_place",
+}
+# A goal is recognised by the predicates in it: ALFWorld has one PDDL goal per task type.
+GOAL_PREDICATES = {
+    "inreceptacle objecttype receptacletype": 1,
+    "atlocation holds inreceptacle istoggled objecttype objecttype receptacleatlocation toggleable": 2,
+    "cleanable inreceptacle isclean objecttype receptacletype": 3,
+    "heatable inreceptacle ishot objecttype receptacletype": 4,
+    "coolable inreceptacle iscool objecttype receptacletype": 5,
+    "= inreceptacle inreceptacle objecttype objecttype receptacletype receptacletype": 6,
+}
+CHANGES = {"clean": ("cleanable", "sinkbasin"), "heat": ("heatable", "microwave"), "cool": ("coolable", "fridge")}
+CHANGE_WANTED = {TASK_TYPES[3]: "clean", TASK_TYPES[4]: "heat", TASK_TYPES[5]: "cool"}
+
+HELP = """Available commands:
+  look:                             look around your current location
+  inventory:                        check your current inventory
+  go to (receptacle):               move to a receptacle
+  open (receptacle):                open a receptacle
+  close (receptacle):               close a receptacle
+  take (object) from (receptacle):  take an object from a receptacle
+  move (object) to (receptacle):  place an object in or on a receptacle
+  examine (something):              examine a receptacle or an object
+  use (object):                     use an object
+  heat (object) with (receptacle):  heat an object using a receptacle
+  clean (object) with (receptacle): clean an object using a receptacle
+  cool (object) with (receptacle):  cool an object using a receptacle
+  slice (object) with (object):     slice an object using a sharp object
+"""
+
+TASK_SENTENCE = re.compile(r'"rhs": "Your task is to: ((?:[^"\\]|\\.)*)"')
+ATOM = re.compile(r"\(([a-z]+|=) ([^()]*)\)")
+
+
+@dataclass(frozen=True, eq=False)
+class Game:
+    """One parsed game: constant, shared by all its plays. Objects and receptacles are ints in the order of their PDDL
+    ids, which is the order TextWorld lists them in; locations are PDDL ids."""
+
+    task_type: str
+    task: str                                   # the task sentence, as in the first observation
+    names: tuple[str, ...]                      # 17 -> "bed 1"
+    location_of: dict[int, str]                 # receptacle -> location, in order
+    receptacles_at: dict[str, tuple[int, ...]]  # location -> receptacles
+    start: str
+    fits: dict[int, frozenset[int]]             # receptacle -> objects that may be put there (canContain)
+    static: dict[str, frozenset[int]]           # "openable", "pickupable", "heatable", ..., "fridge", "knife", ...
+    inside: dict[int, frozenset[int]]           # object -> objects in it (inReceptacleObject, never changes)
+    contents: dict[int, frozenset[int]]         # at the start: receptacle -> objects (inReceptacle)
+    lies_at: dict[int, frozenset[str]]          # at the start: object -> locations (objectAtLocation)
+    cool: frozenset[int]                        # at the start: isCool
+    goal_objects: frozenset[int]
+    goal_receptacles: frozenset[int]            # empty for look_at_obj_in_light
+    goal_lamps: frozenset[int]                  # empty for the other task types
+
+
+def task_sentence(game: dict) -> str:
+    """The sentence after "Your task is to: " that a stored game's grammar carries, its full stop included."""
+    match = TASK_SENTENCE.search(game["grammar"])
+    if match is None or "UNKNOWN GOAL" in match[1]:
+        raise ValueError("the grammar holds no task sentence")
+    if re.search(r"[\\#{}\[\]|;<>]", match[1]):
+        raise ValueError(f"TextWorld would read the task sentence as grammar: {match[1]!r}")
+    return match[1]
+
+
+def number_names(ids: Sequence[str]) -> tuple[str, ...]:
+    """Readable names of sorted PDDL ids, numbered from the highest down, as alfworld's Demangler does it.
+
+    Example: ["bed_bar_a", "bed_bar_b", "sink_bar_a_bar_sinkbasin"] -> ("bed 2", "bed 1", "sinkbasin 1")
+    """
+    kinds = [id_.split("_bar_", 1)[0] + "basin" * ("basin" in id_) for id_ in ids]
+    left, names = Counter(kinds), []
+    for kind in kinds:
+        names.append(f"{kind} {left[kind]}")
+        left[kind] -= 1
+    return tuple(names)
+
+
+def parse(game: dict | str | Path) -> Game:
+    """Read a stored game (the dict, or the path of its game.tw-pddl). Raises ValueError when it is malformed."""
+    source = "game" if isinstance(game, dict) else str(game)
+    try:
+        return _parse(game if isinstance(game, dict) else json.loads(Path(game).read_text(encoding="utf-8")))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{source}: not a playable ALFWorld game: {reason}") from error
+
+
+def _parse(data: dict) -> Game:
+    task, problem = task_sentence(data), data["pddl_problem"].lower()  # TextWorld's translator lower-cases it too
+    if not 0 < problem.find("(:init") < problem.find("(:goal"):
+        raise ValueError("pddl_problem has no :init before a :goal")
+    head, goal = problem.split("(:goal", 1)
+    facts: dict[str, list[list[str]]] = defaultdict(list)
+    for predicate, arguments in ATOM.findall(head.split("(:init", 1)[1]):
+        facts[predicate].append(arguments.split())
+    ids = sorted({argument for rows in facts.values() for row in rows for argument in row if "_bar_" in argument})
+    number = {id_: i for i, id_ in enumerate(ids)}
+
+    def with_fact(predicate: str, type_: str | None = None) -> frozenset[int]:
+        return frozenset(number[row[0]] for row in facts[predicate] if type_ is None or row[1] == type_)
+
+    def grouped(predicate: str, key: int, convert: Callable[[str], Any] = number.__getitem__) -> dict[int, frozenset]:
+        groups = defaultdict(set)
+        for row in facts[predicate]:
+            groups[number[row[key]]].add(convert(row[1 - key]))
+        return {k: frozenset(v) for k, v in groups.items()}
+
+    location_of = dict(sorted((number[r], location) for r, location in facts["receptacleatlocation"]))
+    if location_of.keys() != with_fact("receptacletype"):
+        raise ValueError("not every receptacle has both a type and a location")
+    receptacles_at = defaultdict(tuple)
+    for r, location in location_of.items():
+        receptacles_at[location] += (r,)
+    static = {p: with_fact(p) for p in ("openable", "pickupable", "cleanable", "heatable", "coolable", "sliceable",
+                                        "toggleable", "isreceptacleobject")}
+    static["knife"] = with_fact("objecttype", "knifetype") | with_fact("objecttype", "butterknifetype")
+    static |= {a: with_fact("receptacletype", f"{a}type") for _, a in CHANGES.values()}
+    objects_of, types_in = defaultdict(set), defaultdict(set)
+    for id_, type_ in facts["objecttype"]:
+        objects_of[type_].add(number[id_])
+    for receptacle_type, type_ in facts["cancontain"]:
+        types_in[receptacle_type].add(type_)
+    fits = {number[r]: frozenset().union(*(objects_of[t] for t in types_in[type_]))
+            for r, type_ in facts["receptacletype"]}
+
+    goal_atoms = [(predicate, arguments.split()) for predicate, arguments in ATOM.findall(goal)]
+    task_id = GOAL_PREDICATES.get(" ".join(sorted(predicate for predicate, _ in goal_atoms)))
+    if task_id is None:
+        raise ValueError("the goal is none of the six task types (movable receptacles and slices are not supported)")
+    types = {a[0]: a[1] for predicate, a in goal_atoms if predicate in ("objecttype", "receptacletype")}
+    abilities = [static[predicate] for predicate, _ in goal_atoms if predicate in ("cleanable", "heatable", "coolable")]
+    (_, start), = facts["atlocation"]
+    return Game(
+        task_type=TASK_TYPES[task_id], task=task, names=number_names(ids), location_of=location_of,
+        receptacles_at=dict(receptacles_at), start=start, fits=fits, static=static,
+        inside=grouped("inreceptacleobject", 1), contents=grouped("inreceptacle", 1),
+        lies_at=grouped("objectatlocation", 0, str), cool=with_fact("iscool"),
+        goal_objects=with_fact("objecttype", types.get("?o") or types["?o1"]).intersection(*abilities),
+        goal_receptacles=with_fact("receptacletype", types["?r"]) if "?r" in types else frozenset(),
+        goal_lamps=with_fact("objecttype", types["?ot"]) & static["toggleable"] if "?ot" in types else frozenset(),
+    )
+
+
+class Play:
+    """One play of a game: `text` is the last observation, `actions` what may be done now, `step` does it."""
+
+    def __init__(self, game: Game) -> None:
+        self.game = game
+        self.location = game.start
+        self.held: int | None = None
+        self.opened: set[int] = set()
+        self.toggled: set[int] = set()
+        self.sliced: set[int] = set()
+        self.changed = {"clean": set(), "heat": set(), "cool": set(game.cool)}
+        self.contents = {r: set(game.contents.get(r, ())) for r in game.location_of}
+        self.lies_at = {obj: set(locations) for obj, locations in game.lies_at.items()}
+        self.taken_from: set[tuple[int, int]] = set()  # TextWorld's not_inreceptacle facts: only `take` makes them
+        self._commands: dict[str, tuple] | None = None
+        self.text = (f"-= Welcome to TextWorld, ALFRED! =-\n\n{self._look(game.location_of)}\n\n"
+                     f"Your task is to: {game.task}")
+
+    def step(self, action: str) -> str:
+        """Do one action and return the observation; any text that is not admissible does nothing."""
+        command = self.commands().get(action.strip())
+        self.text = "Nothing happens." if command is None else self._do(*command)
+        return self.text
+
+    @property
+    def actions(self) -> list[str]:
+        """The admissible actions, sorted, as TextWorld lists them."""
+        return sorted(self.commands())
+
+    @property
+    def won(self) -> bool:
+        """Whether the goal holds in the current state."""
+        game = self.game
+        if game.task_type == TASK_TYPES[2]:
+            lit = game.goal_lamps & self.toggled
+            return self.held in game.goal_objects and any(lit & self.contents[r] for r in self.here)
+        needed = 2 if game.task_type == TASK_TYPES[6] else 1
+        return any(sum(map(self.ready, self.contents[r] & game.goal_objects)) >= needed for r in game.goal_receptacles)
+
+    @property
+    def here(self) -> tuple[int, ...]:
+        """The receptacles at the player's location."""
+        return self.game.receptacles_at.get(self.location, ())
+
+    def ready(self, obj: int) -> bool:
+        """Whether an object is as the task wants it (clean, hot or cool, where it asks for that)."""
+        change = CHANGE_WANTED.get(self.game.task_type)
+        return change is None or obj in self.changed[change]
+
+    def accessible(self, r: int) -> bool:
+        """Whether things can be taken from and put into a receptacle: it is open, or cannot be closed."""
+        return r in self.opened or r not in self.game.static["openable"]
+
+    def commands(self) -> dict[str, tuple]:
+        """The admissible actions, each with the arguments of `_do`."""
+        if self._commands is not None:
+            return self._commands
+        names, static, held = self.game.names, self.game.static, self.held
+        # Going where one already is changes nothing, so TextWorld's translator drops it.
+        found = {f"go to {names[r]}": ("go", r) for r, location in self.game.location_of.items()
+                 if location != self.location}
+        found |= {"help": ("help",), "inventory": ("inventory",), "look": ("look",)}
+        for r in self.here:
+            found[f"examine {names[r]}"] = ("examine receptacle", r)
+            if r in static["openable"]:
+                verb = "close" if r in self.opened else "open"
+                found[f"{verb} {names[r]}"] = (verb, r)
+            for obj in static["toggleable"] & self.contents[r]:
+                found[f"use {names[obj]}"] = ("use", obj)
+            if held is None:
+                if self.accessible(r):
+                    for obj in static["pickupable"] & self.contents[r]:
+                        found[f"take {names[obj]} from {names[r]}"] = ("take", obj, r)
+                continue
+            if self.accessible(r) and held in self.game.fits.get(r, ()):
+                found[f"move {names[held]} to {names[r]}"] = ("move", held, r)
+            for verb, (ability, appliance) in CHANGES.items():
+                if r in static[appliance] and held in static[ability]:  # be the appliance open or closed
+                    found[f"{verb} {names[held]} with {names[r]}"] = (verb, held, r)
+        if held is not None:  # objects in reach should do as well, but a stray comma in the PDDL disables that branch
+            found[f"examine {names[held]}"] = ("examine object", held)
+            if held in static["knife"]:
+                for obj in static["sliceable"]:
+                    if self.location in self.lies_at.get(obj, ()):
+                        found[f"slice {names[obj]} with {names[held]}"] = ("slice", obj, held)
+        self._commands = found
+        return found
+
+    def _do(self, verb: str, a: int = -1, b: int = -1) -> str:
+        """Carry out an admissible action on `a` (and `b`) and say so."""
+        self._commands = None
+        one, two = self.game.names[a], self.game.names[b]
+        match verb:
+            case "go":
+                self.location = self.game.location_of[a]
+                return f"You arrive at {one}. {self._examine_receptacle(a)}"
+            case "open":
+                self.opened.add(a)
+                return f"You open the {one}. {self._examine_receptacle(a)}"
+            case "close":
+                self.opened.discard(a)
+                return f"You close the {one}."
+            case "take":
+                self.held = a
+                self.contents[b].discard(a)
+                self.lies_at.setdefault(a, set()).discard(self.location)
+                self.taken_from.add((a, b))
+                return f"You pick up the {one} from the {two}."
+            case "move":
+                self.held = None
+                self.contents[b].add(a)
+                self.lies_at.setdefault(a, set()).add(self.location)
+                self.taken_from.discard((a, b))
+                return f"You move the {one} to the {two}."
+            case "clean" | "heat" | "cool":
+                self.changed[verb].add(a)
+                if verb != "clean":
+                    self.changed["cool" if verb == "heat" else "heat"].discard(a)
+                return f"You {verb} the {one} using the {two}."
+            case "use":
+                self.toggled.add(a)  # nothing ever reads whether the second use switched it off again
+                return f"You turn on the {one}."
+            case "slice":
+                self.sliced.add(a)
+                return f"You sliced the {one} with the {two}."
+            case "examine receptacle":
+                return self._examine_receptacle(a)
+            case "examine object":
+                return self._examine_object(a)
+            case "inventory" if self.held is not None:
+                return f"You are carrying: a {self.game.names[self.held]}."
+            case "inventory":
+                return "You are not carrying anything."
+            case "look":
+                return self._look([])
+        return HELP
+
+    def _look(self, seen_from_afar: Collection[int]) -> str:
+        """From the middle of the room the intro sees all receptacles, and `look` nothing."""
+        if not self.here:
+            return ("You are in the middle of a room. Looking quickly around you, you see "
+                    f"{self._listing(seen_from_afar)}.")
+        # "Next to it" lies what is at this location and was once taken from a receptacle here (and put into another);
+        # the grammar says it once for each such receptacle.
+        floor = [obj for obj in sorted(self.lies_at) if self.location in self.lies_at[obj]
+                 for r in self.here if (obj, r) in self.taken_from]
+        return f"You are facing the {self._listing(self.here, '')}. Next to it, you see {self._listing(floor)}."
+
+    def _examine_receptacle(self, r: int) -> str:
+        name = self.game.names[r]
+        if not self.accessible(r):
+            return f"The {name} is closed."
+        where = f"The {name} is open. In it" if r in self.opened else f"On the {name}"
+        return f"{where}, you see {self._listing(sorted(self.contents[r]))}."
+
+    def _examine_object(self, obj: int) -> str:
+        name = self.game.names[obj]
+        if obj in self.game.static["isreceptacleobject"]:
+            return f"This is a normal {name}. In it, you see {self._listing(sorted(self.game.inside.get(obj, ())))}."
+        words = ["hot"] * (obj in self.changed["heat"]) + ["cool"] * (obj in self.changed["cool"])
+        state = " and ".join(words + ["clean"] * (obj in self.changed["clean"]))
+        if obj in self.sliced:
+            return f"This is a {state} sliced {name}." if state else f"This is a sliced {name}."
+        if state:
+            return f"This is a {'cold' if state == 'cool' else state} {name}."
+        return f"This {name} is on." if obj in self.toggled else f"There's nothing special about {name}."
+
+    def _listing(self, entities: Collection[int], article: str = "a ") -> str:
+        """[3, 8, 9] -> "a bed 1, a desk 1, and a shelf 1"."""
+        *most, last = [article + self.game.names[e] for e in entities] or ["nothing"]
+        return f"{', '.join(most)}, and {last}" if most else last
+
+
+# The oracle: every sensible way to do the task, as a row of stops; the shortest one wins. ---------------------------
+
+class Stop(NamedTuple):
+    """Something to do at a receptacle, which may have to be opened for it."""
+
+    receptacle: int
+    command: str | None
+    inside: bool = True
+
+
+def solve(game: Game | Play) -> list[str] | None:
+    """A short winning list of actions from the current state ([] when already won), or None if there is none."""
+    play = Play(game) if isinstance(game, Game) else game
+    return [] if play.won else min((_walk(play, stops) for stops in _routes(play)), key=len, default=None)
+
+
+def distance(play: Play) -> int | None:
+    """How many actions the oracle still needs from the current state; None when it sees no way to win."""
+    plan = solve(play)
+    return None if plan is None else len(plan)
+
+
+def _walk(play: Play, stops: Sequence[Stop]) -> list[str]:
+    """The stops as actions: go where one is not yet, open what is in the way, do it."""
+    game, location, opened, actions = play.game, play.location, set(), []
+    for r, command, inside in stops:
+        if game.location_of[r] != location:
+            location = game.location_of[r]
+            actions.append(f"go to {game.names[r]}")
+        if inside and r not in opened and not play.accessible(r):
+            opened.add(r)
+            actions.append(f"open {game.names[r]}")
+        if command:
+            actions.append(command)
+    return actions
+
+
+def _put(play: Play, obj: int, r: int) -> Stop:
+    return Stop(r, f"move {play.game.names[obj]} to {play.game.names[r]}")
+
+
+def _puts(play: Play, obj: int, receptacles: Collection[int], on_the_way: set[str]) -> list[Stop]:
+    """Where an object can be put; of the receptacles that no route could tell apart, only one."""
+    game, kinds = play.game, {}
+    for r in receptacles:
+        if obj in game.fits.get(r, ()):
+            kind = (game.location_of[r] in on_the_way and game.location_of[r], play.accessible(r),
+                    r in game.goal_receptacles, bool(play.contents[r] & game.goal_objects))
+            kinds.setdefault(kind, _put(play, obj, r))
+    return list(kinds.values())
+
+
+def _routes(play: Play) -> Iterator[list[Stop]]:
+    """The ways to do the task: with what is in hand and, once that is put away, with every other object there is."""
+    game, held, names = play.game, play.held, play.game.names
+    takes = [(obj, Stop(r, f"take {names[obj]} from {names[r]}")) for r in game.location_of
+             for obj in sorted(play.contents[r] & game.goal_objects & game.static["pickupable"])]
+    lamps = [Stop(r, None if lamp in play.toggled else f"use {names[lamp]}", inside=False)
+             for r in game.location_of for lamp in sorted(play.contents[r] & game.goal_lamps)]
+    change = CHANGE_WANTED.get(game.task_type)
+    appliances = sorted(game.static[CHANGES[change][1]]) if change else []
+    on_the_way = {play.location, *(game.location_of[r] for r in appliances),
+                  *(game.location_of[stop.receptacle] for stop in [take for _, take in takes] + lamps)}
+    away = [[]] if held is None else [[put] for put in _puts(play, held, game.location_of, on_the_way)]
+    starts = [([], held)] if held in game.goal_objects else []
+    starts += [(put_away + [take], obj) for put_away in away for obj, take in takes if obj != held]
+    for stops, obj in starts:
+        if game.task_type == TASK_TYPES[2]:
+            yield from (stops + [lamp] for lamp in lamps)
+            continue
+        changes = [[]] if play.ready(obj) else [
+            [Stop(r, f"{change} {names[obj]} with {names[r]}", inside=False)] for r in appliances]
+        if any(obj in play.contents[r] for r in game.goal_receptacles if not stops or r != stops[-1].receptacle):
+            yield from (stops + made for made in changes)  # some objects are in two receptacles at once, also when held
+        puts = _puts(play, obj, sorted(game.goal_receptacles), on_the_way)
+        for made, put in itertools.product(changes, puts):
+            route, r = stops + made + [put], put.receptacle
+            if game.task_type != TASK_TYPES[6] or play.contents[r] & game.goal_objects - {obj}:
+                yield route
+            else:
+                yield from (route + [take, _put(play, other, r)] for other, take in takes if other not in (obj, held))
+
+
+# The real engine, and the comparison with it. -----------------------------------------------------------------------
+
+def package_path() -> Path:
+    """Where the alfworld package is installed. Found without importing it: its import makes a folder in $HOME."""
+    spec = importlib.util.find_spec("alfworld")
+    if spec is None:
+        raise ModuleNotFoundError("alfworld is not installed: pip install alfworld==0.4.2")
+    return Path(spec.submodule_search_locations[0])
+
+
+def to_textworld(game: dict) -> dict:
+    """A stored game as TextWorld should load it: its problem and task, with the installed package's domain and
+    grammar (published games carry those of alfworld 0.3, which speak another dialect)."""
+    domain, grammar = ((package_path() / "data" / name).read_text(encoding="utf-8")
+                       for name in ("alfred.pddl", "alfred.twl2"))
+    return game | {"pddl_domain": domain, "grammar": grammar.replace("UNKNOWN GOAL.", task_sentence(game))}
+
+
+def textworld_env(game: dict) -> Any:
+    """The real engine with a game loaded, wrapped as alfworld wraps it: reset() -> state, step(action) -> (state, ...).
+    One process per thread: its translator swaps sys.argv and sys.stdout while it works."""
+    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredInfos
+    from textworld import EnvInfos
+    from textworld.envs.pddl import PddlEnv
+
+    env = AlfredInfos(AlfredDemangler(PddlEnv(EnvInfos(won=True, admissible_commands=True))))
+    env.load(to_textworld(game))
+    return env
+
+
+INVALID = ("", "  ", "look around", "take apple 1", "go to the moon", "LOOK", "\N{SNOWMAN}\x00", "use desklamp 9")
+
+
+def compare(job: tuple[str, int, int]) -> tuple[int, list[str]]:
+    """Play one game (path, steps, seed) in both engines; -> steps compared, and a line per mismatch."""
+    path, steps, seed = job
+    data, rng = json.loads(Path(path).read_text(encoding="utf-8")), random.Random(f"{seed}/{Path(path).parent.name}")
+    env, play = textworld_env(data), Play(parse(data))
+    state, action, mismatches = env.reset(), "(reset)", []
+    for step in range(steps + 1):
+        if step:
+            plan, dice = solve(play), rng.random()
+            action = (rng.choice(INVALID) if dice < 0.08 else plan[0] if plan and dice < 0.54 else
+                      rng.choice(play.actions))
+            state = env.step(action)[0]
+            play.step(action)
+        for what, theirs, ours in (("text", state.feedback, play.text), ("won", bool(state["won"]), play.won),
+                                   ("actions", list(state["admissible_commands"]), play.actions),
+                                   ("done", bool(state["done"]) if step else play.won, play.won)):
+            if theirs != ours:
+                mismatches.append(f"{path} step {step} {action!r} {what}\n  textworld {theirs!r}\n  native    {ours!r}")
+    return steps, mismatches
+
+
+def check(paths: Sequence[Path | str], steps: int, seed: int = 0, workers: int = 1) -> tuple[int, list[str]]:
+    """Compare games with the real engine, in `workers` processes; -> steps compared, and a line per mismatch."""
+    jobs = [(str(path), steps, seed) for path in paths]
+    if workers > 1:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            results = pool.map(compare, jobs, chunksize=1)
+    else:
+        results = list(map(compare, jobs))
+    return sum(n for n, _ in results), [line for _, lines in results for line in lines]
+
+
+def playable(path: Path) -> bool:
+    """Whether ALFWorld itself would play a game file: solvable, no movable receptacle, no slices."""
+    if "movable" in str(path) or "Sliced" in str(path):
+        return False
+    return bool(json.loads(path.read_text(encoding="utf-8")).get("solvable"))
+
+
+def main() -> None:
+    """Command line: the differential check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", type=Path, required=True, metavar="DIR", help="folder with game.tw-pddl files")
+    parser.add_argument("--games", type=int, default=30, help="how many of them, drawn at random")
+    parser.add_argument("--steps", type=int, default=30, help="actions per game")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    args = parser.parse_args()
+    paths = sorted(args.check.rglob("game.tw-pddl"))
+    random.Random(args.seed).shuffle(paths)
+    paths = list(itertools.islice(filter(playable, paths), args.games))
+    if not paths:
+        raise SystemExit(f"no playable game.tw-pddl below {args.check}")
+    began = time.time()
+    steps, mismatches = check(paths, args.steps, args.seed, args.workers)
+    print(*mismatches, f"{len(paths)} games, {steps} steps: {len(mismatches)} mismatches, {time.time() - began:.0f} s",
+          sep="\n")
+    raise SystemExit(1 if mismatches else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""GCD, generative classification disentanglement (paper, section 4): the actor learns to judge its own actions.
+
+Each iteration some steps of the episodes become questions "was this a good action?".  Labels come from rules on the
+episode (paper 4.1) and, for the steps they leave open, from a teacher.  The actor answers every question several times;
+an answer whose verdict matches the label is rewarded, and the answers are trained on with the same group-relative
+policy loss as the actions.  The advice sentences of the answers are distilled into golden rules for the actor's prompt.
+
+Decisions where the paper is silent: "the observation occurs in following steps" means equal text later in the same
+episode; questions are always half good and half flawed, so an iteration with few good steps asks less; an answer without
+a verdict earns 0; without a language model to distil them, a theme's rule is the medoid of its advice.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+import envs
+import games
+import prompts
+from config import Config, EnvConfig, GuidelinesConfig
+from rollout import Engine, Episode, Sampling, Step, stable_seed
+
+
+def label(episode: Episode) -> list[int | None]:
+    """The paper's rule labels, one per step: 0 if its observation occurs again later in the episode (the action led
+    nowhere), 1 for the last step of a won episode, else None. Source: paper, section 4.1; anchor text as in GiGPO."""
+    labels: list[int | None] = []
+    later: set[str] = set()
+    for index, step in reversed(list(enumerate(episode.steps))):
+        last = index == len(episode.steps) - 1
+        labels.append(0 if step.observation in later else 1 if last and episode.won else None)
+        later.add(step.observation)
+    return labels[::-1]
+
+
+def judge_reward(critique: prompts.Critique, label: int) -> float:
+    """1.0 if the verdict equals the label, else (also without a verdict) 0.0."""
+    return float(critique.score == label)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The offline teacher
+
+
+class ExpertTeacher:
+    """Judges actions of one ALFWorld game with the full state in view.
+
+    Good: the action shortens the oracle's remaining plan; or, while no object of the task has been seen, it visits or
+    opens a place not yet searched that could hold one. Everything else is flawed.
+    """
+
+    def __init__(self, env_cfg: EnvConfig, task: envs.Task) -> None:
+        self.play = games.Play(envs.parsed_game(env_cfg, task))
+        self.searched: set[int] = set()
+
+    def judge(self, action: str) -> int:
+        """The label of `action` in the current state, which it then carries out."""
+        play, game = self.play, self.play.game
+        admissible = action in play.actions and action != "help"
+        before = games.distance(play)
+        known = play.held in game.goal_objects or any(
+            play.contents[place] & game.goal_objects - self._placed() for place in self.searched
+        )
+        command = next((word for word in ("go to ", "open ") if action.startswith(word)), None)
+        place = game.names.index(action.removeprefix(command)) if admissible and command else None
+        explores = (
+            place in game.location_of
+            and place not in self.searched
+            and not known
+            and bool(game.fits.get(place, frozenset()) & game.goal_objects)
+        )
+        if action != "help":
+            play.step(action)
+        after = games.distance(play)
+        self.searched |= {here for here in game.receptacles_at.get(play.location, ()) if play.accessible(here)}
+        nearer = play.won or (before is not None and after is not None and after < before)
+        return int(admissible and (nearer or explores))
+
+    def _placed(self) -> set[int]:
+        """Goal objects that already lie, ready, where the task wants them."""
+        play, game = self.play, self.play.game
+        return {obj for place in game.goal_receptacles for obj in play.contents[place] if play.ready(obj)}
+
+
+def expert_labels(env_cfg: EnvConfig, episode: Episode) -> list[int]:
+    """The offline teacher's label of every step of an episode."""
+    teacher = ExpertTeacher(env_cfg, episode.task)
+    return [teacher.judge(step.action) for step in episode.steps]
+
+
+def label_episodes(episodes: Sequence[Episode], config: Config, rng: random.Random, budget: int) -> dict[str, float]:
+    """Write each step's label and its source: the rules first, then the teacher on up to `budget` open steps.
+
+    As in the paper, only what the teacher calls good is used: flawed steps abound by rule.
+    """
+    open_steps: dict[int, list[int]] = {}
+    for number, episode in enumerate(episodes):
+        for index, (step, verdict) in enumerate(zip(episode.steps, label(episode), strict=True)):
+            step.label, step.label_source = verdict, "" if verdict is None else "rule"
+            if verdict is None:
+                open_steps.setdefault(number, []).append(index)
+    asked = 0
+    if config.judge.teacher == "expert":
+        order = list(open_steps)
+        rng.shuffle(order)
+        for number in order:
+            if asked >= budget:
+                break
+            verdicts = expert_labels(config.env, episodes[number])
+            for index in open_steps[number][: budget - asked]:
+                asked += 1
+                if verdicts[index] == 1:
+                    step = episodes[number].steps[index]
+                    step.label, step.label_source = 1, "teacher"
+    steps = [step for episode in episodes for step in episode.steps]
+    return {
+        "label_good_rule": sum(step.label == 1 and step.label_source == "rule" for step in steps),
+        "label_good_teacher": sum(step.label_source == "teacher" for step in steps),
+        "label_flawed": sum(step.label == 0 for step in steps),
+        "teacher_asked": asked,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Questions and answers
+
+
+@dataclass
+class Question:
+    """One judged step and the answers to it: each a Step whose reward says whether its verdict was right."""
+
+    group: int
+    member: int
+    index: int  # of the step in its episode
+    step: Step
+    answers: list[Step]
+    critiques: list[prompts.Critique]
+
+
+def pick(episodes: Sequence[Episode], count: int, rng: random.Random) -> list[Question]:
+    """Up to `count` labelled steps, half good and half flawed, drawn without replacement; not yet answered."""
+    questions = [
+        Question(episode.group, episode.member, index, step, [], [])
+        for episode in episodes
+        for index, step in enumerate(episode.steps)
+    ]
+    good, flawed = ([question for question in questions if question.step.label == cls] for cls in (1, 0))
+    half = min(count // 2, len(good), len(flawed))
+    return rng.sample(good, half) + rng.sample(flawed, half)
+
+
+def ask(engine: Engine, questions: Sequence[Question], config: Config, iteration: int, first: int = 0) -> None:
+    """Let the actor answer each question `judge.group_size` times. `first` numbers the questions across ranks."""
+    texts, prompt_ids, sampling = [], [], []
+    for number, question in enumerate(questions, first):
+        text = prompts.build_critic_prompt(config.env.name, question.step.prompt, question.step.response)
+        ids = engine.actor.encode(text)
+        for member in range(config.judge.group_size):
+            seed = stable_seed(config.seed, iteration, number, member, -1)  # -1: not an environment step
+            texts.append(text)
+            prompt_ids.append(ids)
+            sampling.append(Sampling(config.rollout.temperature, config.judge.max_response_tokens, seed))
+    samples = engine.generate(prompt_ids, sampling)
+    for place, (text, ids, sample) in enumerate(zip(texts, prompt_ids, samples, strict=True)):
+        question = questions[place // config.judge.group_size]
+        response = engine.actor.decode(sample.ids)
+        critique = prompts.parse_critique(response)
+        question.critiques.append(critique)
+        question.answers.append(
+            Step(
+                prompt_ids=ids,
+                response_ids=sample.ids,
+                logprobs=sample.logprobs,
+                prompt=text,
+                response=response,
+                observation=question.step.observation,
+                action=critique.action or "",
+                valid=critique.score is not None,
+                available=True,
+                reward=judge_reward(critique, question.step.label),
+                tag="judge",
+            )
+        )
+
+
+def judge_metrics(questions: Sequence[Question]) -> dict[str, float]:
+    """Accuracy by class, share of "1" answers and of answers without a verdict; empty if nothing was asked."""
+    answers = [(q.step.label, c.score) for q in questions for c in q.critiques]
+    if not answers:
+        return {"questions": 0}
+    right = {cls: [score == cls for truth, score in answers if truth == cls] for cls in (0, 1)}
+    by_class = {cls: float(np.mean(values)) for cls, values in right.items()}
+    return {
+        "questions": len(questions),
+        "accuracy": float(np.mean([truth == score for truth, score in answers])),
+        "accuracy_good": by_class[1],
+        "accuracy_flawed": by_class[0],
+        "balanced_accuracy": (by_class[0] + by_class[1]) / 2,
+        "answers_good": float(np.mean([score == 1 for _, score in answers])),
+        "format_failures": float(np.mean([score is None for _, score in answers])),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Guidelines
+
+
+def advice_of(questions: Sequence[Question]) -> list[str]:
+    """The advice sentences of all answers whose verdict was right, in order."""
+    return [
+        critique.advice
+        for question in questions
+        for critique in question.critiques
+        if critique.advice and critique.score == question.step.label
+    ]
+
+
+def golden_rules(advice: Sequence[str], config: GuidelinesConfig) -> list[str]:
+    """One rule per theme that any advice fits: the medoid of the sentences closest to the theme by TF-IDF cosine.
+
+    Source: paper, section 4.2 (clustering by pre-defined themes); the medoid stands in for a language model's summary.
+    """
+    sentences = sorted(set(advice))
+    if not sentences:
+        return []
+    counts = np.array([advice.count(sentence) for sentence in sentences])
+    vectors = TfidfVectorizer(stop_words="english").fit(list(config.themes) + sentences)
+    near = (vectors.transform(sentences) @ vectors.transform(config.themes).T).toarray()  # [advice, themes]
+    rules = []
+    for theme in range(len(config.themes)):
+        members = [i for i in range(len(sentences)) if near[i].argmax() == theme and near[i, theme] > 0]
+        if members:
+            own = vectors.transform([sentences[i] for i in members])
+            central = (own @ own.T).toarray() @ counts[members]  # similarity to all advice, repeated sentences included
+            rules.append(prompts.plain(sentences[members[int(central.argmax())]], config.max_chars))
+    return rules

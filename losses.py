@@ -1,0 +1,250 @@
+"""Advantages, policy losses, KL and aggregation: pure functions of tensors that know no model, file or process group.
+
+A row is one environment step or one critique. Suffixes name the axes: `_N` rows, `_T` packed tokens, `_G` groups, `_M`
+trajectories. A new algorithm is a new function in ADVANTAGES or POLICY_LOSSES. Departures from the published code
+(verl-agent, RLVMR): statistics are taken in float64, and equal values give exactly 0 (in float32 the std of eight
+scores of 9.9 is a rounding error, divided by which they become up to +-0.48); a std of 0 is never divided by;
+`aggregate` divides by counts of the whole optimizer step, not by those of a micro-batch. Statistics are computed on
+the CPU (they are of some thousand numbers), so they are the same to the bit wherever the rows live.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from config import AlgoConfig
+
+MAX_LOG_RATIO = 20.0  # exponents are clamped to +-this: no inf in a loss, hence no 0 * inf = nan in its gradient
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowBatch:
+    """The rows of whole groups: tensors [N]; trajectories may interleave, but each one's rows are in time order.
+
+    Ids are any integers. Raises ValueError where lengths differ (it names the fields), where ids are not integers, and
+    where a trajectory spans two groups.
+    """
+
+    score_N: Tensor  # episode return minus the row's own invalid penalty: `scores`
+    group_N: Tensor  # id of the group: the episodes that play one task
+    trajectory_N: Tensor  # id of the episode
+    reward_N: Tensor  # the environment's reward at this step
+    invalid_N: Tensor  # 1 where the reply was not well formed, else 0
+    anchor_N: Tensor | None = None  # id of (group, observation text), for GiGPO
+    tag_N: Tensor | None = None  # id of the reply's reasoning tag
+    tag_reward_N: Tensor | None = None  # what that tag earned by itself
+
+    def __post_init__(self) -> None:
+        _same_length(**vars(self))
+        for name in ("group_N", "trajectory_N", "anchor_N", "tag_N"):
+            id_N = getattr(self, name)  # [N]
+            if id_N is not None and id_N.is_floating_point():
+                raise ValueError(f"{name} is {id_N.dtype}; ids are integers")
+        if len(_compact(self.trajectory_N, self.group_N)[1]) > len(_compact(self.trajectory_N)[1]):
+            raise ValueError("a trajectory spans two groups: its rows share trajectory_N but not group_N")
+
+
+def scores(reward_N: Tensor, trajectory_N: Tensor, invalid_N: Tensor, penalty: float) -> Tensor:
+    """Undiscounted return of each row's episode, minus `penalty` where the row's own reply was invalid.
+
+    All [N]; returns float32 [N] in units of reward. Raises ValueError where lengths differ. Source: GiGPO's code.
+
+    >>> scores(torch.tensor([0.0, 10.0, 0.0]), torch.tensor([4, 4, 9]), torch.tensor([1, 0, 0]), penalty=0.1)
+    tensor([ 9.9000, 10.0000,  0.0000])
+    """
+    _same_length(reward_N=reward_N, trajectory_N=trajectory_N, invalid_N=invalid_N)
+    index_N, length_M = _compact(trajectory_N)  # [N], [M]
+    return_M = torch.zeros(len(length_M)).double().index_add(0, index_N, reward_N.cpu().double())  # [M]
+    return (return_M[index_N] - penalty * invalid_N.cpu().double()).to(reward_N.device, torch.float32)  # [N]
+
+
+def discounted_returns(reward_N: Tensor, trajectory_N: Tensor, gamma: float) -> Tensor:
+    """G_t = r_t + gamma G_(t+1) within each trajectory, whose rows are in time order.
+
+    All [N]; returns float32 [N] in units of reward. Raises ValueError where lengths differ. Source: GiGPO's R_t.
+
+    >>> discounted_returns(torch.tensor([0.0, 5.0, 0.0, 10.0]), torch.tensor([1, 7, 1, 1]), gamma=0.5)
+    tensor([ 2.5000,  5.0000,  5.0000, 10.0000])
+    """
+    _same_length(reward_N=reward_N, trajectory_N=trajectory_N)
+    index_N, length_M = _compact(trajectory_N)  # [N], [M]
+    order_N = torch.argsort(index_N, stable=True)  # [N] trajectories side by side, each still in time order
+    start_N = (length_M.cumsum(0) - length_M)[index_N[order_N]]  # [N] where, in that order, the row's trajectory begins
+    step_N = torch.empty_like(index_N)  # [N] time within the trajectory
+    step_N[order_N] = torch.arange(len(order_N)) - start_N  # [N]
+    steps = max(length_M.tolist(), default=0)
+    return_SM = torch.zeros(steps + 1, len(length_M)).double()  # [steps + 1, M] the last row stays 0
+    return_SM[step_N, index_N] = reward_N.cpu().double()
+    for step in reversed(range(steps)):
+        return_SM[step] += gamma * return_SM[step + 1]  # [M]
+    return return_SM[step_N, index_N].to(reward_N.device, torch.float32)  # [N]
+
+
+def group_normalise(
+    value_N: Tensor, key_N: Tensor, divide_by_std: bool = True, singleton: Literal["raw", "zero"] = "raw",
+    eps: float = 1e-6, trajectory_N: Tensor | None = None,
+) -> Tensor:
+    """(value - mean) / (std + eps) among the rows of equal key, std with ddof 1; without divide_by_std, value - mean.
+
+    Tensors [N], keys and trajectories any integers; returns float32 [N] on value_N's device. Raises ValueError where
+    lengths differ and for an unknown `singleton`. Source: GRPO (DeepSeekMath), with verl-agent's conventions:
+    - A key of one row: "raw" takes mean 0, std 1 (published for episodes); "zero" gives 0 (for GiGPO's anchors).
+    - With trajectory_N the statistics are over one row per key and trajectory, the first; all rows are normalised by
+      them (compute_mean_std_cross_steps=False).
+    - Ours: where the rows of the statistics are all equal, they get exactly 0 (mean their value, std 1). A later row
+      may differ from them, with trajectory_N, by its own penalty; it keeps that difference, undivided.
+
+    >>> group_normalise(torch.tensor([10.0, 0.0, 0.0, 7.0]), torch.tensor([3, 3, 3, 8]), singleton="zero")
+    tensor([ 1.1547, -0.5774, -0.5774,  0.0000])
+    """
+    _same_length(value_N=value_N, key_N=key_N, trajectory_N=trajectory_N)
+    if singleton not in ("raw", "zero"):
+        raise ValueError(f"singleton={singleton!r} is not one of raw, zero")
+    exact_N, (group_N, size_G) = value_N.cpu().double(), _compact(key_N)  # [N], [G]
+    counted_K = torch.arange(len(exact_N))  # [K] the rows of the statistics: all, or one per key and trajectory
+    if trajectory_N is not None:
+        pair_N, size_K = _compact(key_N, trajectory_N)  # [N], [K]
+        counted_K = torch.zeros_like(size_K).scatter_reduce(0, pair_N, counted_K, "amin", include_self=False)  # [K]
+    stat_K, group_K = exact_N[counted_K], group_N[counted_K]  # [K]
+    count_G, zero_G = torch.bincount(group_K, minlength=len(size_G)), torch.zeros(len(size_G)).double()  # [G]
+    low_G = zero_G.scatter_reduce(0, group_K, stat_K, "amin", include_self=False)  # [G]
+    mean_G = low_G + zero_G.index_add(0, group_K, stat_K - low_G[group_K]) / count_G  # [G] exact if all are equal
+    square_G = zero_G.index_add(0, group_K, (stat_K - mean_G[group_K]) ** 2)  # [G]
+    std_G = (square_G / (count_G - 1).clamp(min=1)).sqrt()  # [G]
+    std_G = torch.where(std_G == 0, 1.0, std_G)  # [G]
+    if singleton == "raw":
+        mean_G = torch.where(count_G == 1, 0.0, mean_G)  # [G]
+    centred_N = exact_N - mean_G[group_N]  # [N]
+    return (centred_N / (std_G[group_N] + eps) if divide_by_std else centred_N).to(value_N.device, torch.float32)  # [N]
+
+
+def grpo(rows: RowBatch, cfg: AlgoConfig) -> Tensor:
+    """The score normalised within the group, float32 [N]; all tokens of a row share it.
+
+    cfg.stats_over "steps" counts every row, so that long episodes weigh more (as published); "trajectories" counts the
+    first row of each episode. Source: GRPO (DeepSeekMath), as in verl-agent; Dr. GRPO without cfg.divide_by_std.
+    """
+    trajectory_N = rows.trajectory_N if cfg.stats_over == "trajectories" else None  # [N]
+    return group_normalise(rows.score_N, rows.group_N, cfg.divide_by_std, trajectory_N=trajectory_N)  # [N]
+
+
+def gigpo(rows: RowBatch, cfg: AlgoConfig) -> Tensor:
+    """`grpo` plus cfg.step_weight times a step advantage, float32 [N].
+
+    The step advantage normalises the discounted return, minus the row's own cfg.invalid_penalty, among all rows of the
+    group with the same observation, be it twice in one episode; a single one gets 0. cfg.stats_over is the episode
+    part's alone. Raises ValueError without rows.anchor_N. Source: GiGPO, equation 8.
+    """
+    if rows.anchor_N is None:
+        raise ValueError("gigpo needs rows.anchor_N, the id of each row's (group, observation text)")
+    return_N = discounted_returns(rows.reward_N, rows.trajectory_N, cfg.gamma) - cfg.invalid_penalty * rows.invalid_N
+    state_N, _ = _compact(rows.group_N, rows.anchor_N)  # [N] apart in each group even if anchor ids are not
+    return grpo(rows, cfg) + cfg.step_weight * group_normalise(return_N, state_N, cfg.divide_by_std, "zero")  # [N]
+
+
+ADVANTAGES = {"grpo": grpo, "gigpo": gigpo}
+
+
+def advantages(rows: RowBatch, cfg: AlgoConfig) -> Tensor:
+    """What the actor trains on, float32 [N]: ADVANTAGES[cfg.advantage] (KeyError if unknown), negatives weighed."""
+    return weigh_negatives(ADVANTAGES[cfg.advantage](rows, cfg), cfg)  # [N]
+
+
+def judge_advantage(reward_N: Tensor, question_N: Tensor, cfg: AlgoConfig) -> Tensor:
+    """What the judge trains on, float32 [N]: the reward of each critique (1: right verdict, else 0) normalised among
+    the answers to its question, negatives weighed. Raises ValueError where lengths differ. Source: L_GCD, equation 3.
+    """
+    return weigh_negatives(group_normalise(reward_N, question_N, cfg.divide_by_std), cfg)  # [N]
+
+
+def weigh_negatives(advantage_N: Tensor, cfg: AlgoConfig) -> Tensor:
+    """Negative advantages [N] times cfg.negative_weight. Ours; at 1, the default, methods are as published."""
+    return torch.where(advantage_N < 0, cfg.negative_weight * advantage_N, advantage_N)  # [N]
+
+
+def ppo_clip(
+    logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, row_T: Tensor, cfg: AlgoConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) with r = exp(logp - old_logp); at most dual_clip |A| if A < 0.
+
+    All [T], log-probs in nats; row_T is for sequence-level losses, unused here. Returns (loss_T, detached means over
+    these tokens): `ratio`; `clip_fraction`, the tokens at a bound, hence without gradient; `approx_kl`, k3 of
+    KL(old || new). Raises ValueError where lengths differ. Source: PPO, equation 7; dual clip: Ye et al. 2020.
+    With A = 1, r = 1.5, clips of 0.2: max(-1.5, -1.2) = -1.2, no gradient. With A = -1: max(1.5, 1.2) = 1.5, gradient.
+    """
+    _same_length(logp_T=logp_T, old_logp_T=old_logp_T, advantage_T=advantage_T, row_T=row_T)
+    log_ratio_T = (logp_T - old_logp_T.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [T]
+    ratio_T = log_ratio_T.exp()  # [T]
+    plain_T = -advantage_T * ratio_T  # [T]
+    loss_T = torch.maximum(plain_T, -advantage_T * ratio_T.clamp(1 - cfg.clip_low, 1 + cfg.clip_high))  # [T]
+    if cfg.dual_clip is not None:
+        loss_T = torch.where(advantage_T < 0, torch.minimum(loss_T, -cfg.dual_clip * advantage_T), loss_T)  # [T]
+    clipped, approx_kl = (loss_T != plain_T).float().mean(), (ratio_T - 1 - log_ratio_T).detach().mean()
+    return loss_T, {"ratio": ratio_T.detach().mean(), "clip_fraction": clipped, "approx_kl": approx_kl}
+
+
+POLICY_LOSSES = {"ppo_clip": ppo_clip}
+
+
+def kl(logp_T: Tensor, ref_logp_T: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Estimates [T], in nats, of KL(policy || reference) from tokens of the policy: with d = ref_logp - logp, k1 = -d,
+    k2 = d^2 / 2, k3 = exp(d) - d - 1 clamped to [-10, 10], hence without gradient where d > 2.61 or d < -11.
+
+    With d = -1: 1, 0.5 and exp(-1) = 0.3679. Raises ValueError where lengths differ and for an unknown estimator.
+    Source: Schulman, "Approximating KL Divergence", 2020; the clamp: verl's low_var_kl.
+    """
+    _same_length(logp_T=logp_T, ref_logp_T=ref_logp_T)
+    d_T = ref_logp_T - logp_T  # [T]
+    if estimator == "k1":
+        return -d_T  # [T]
+    if estimator == "k2":
+        return d_T**2 / 2  # [T]
+    if estimator == "k3":
+        return (d_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - d_T - 1).clamp(-10, 10)  # [T]
+    raise ValueError(f"estimator={estimator!r} is not one of k1, k2, k3")
+
+
+def aggregate(
+    loss_T: Tensor, row_T: Tensor, how: Literal["token", "sequence", "dr"],
+    tokens: int | None = None, rows: int | None = None, length: int | None = None,
+) -> Tensor:
+    """What these tokens contribute to the loss of an optimizer step, a scalar. The contributions of all micro-batches
+    and ranks add up to it, however rows are dealt out; where ranks average their gradients, multiply by the world size.
+
+    loss_T, row_T: [T], row ids any integers; a row is never split over calls. tokens, rows: response tokens and rows of
+    the whole optimizer step over all ranks; length: a constant, the longest reply allowed. "token": sum / tokens
+    (DAPO). "sequence": sum over rows of the row's mean, / rows (GRPO). "dr": sum / (rows * length) (Dr. GRPO).
+    Raises ValueError where lengths differ, for an unknown `how`, and for a needed denominator that is not positive.
+
+    >>> aggregate(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([5, 5, 2]), "sequence", rows=2)  # (2 + 8) / 2
+    tensor(5.)
+    """
+    _same_length(loss_T=loss_T, row_T=row_T)
+    needed = {"token": {"tokens": tokens}, "sequence": {"rows": rows}, "dr": {"rows": rows, "length": length}}
+    if how not in needed:
+        raise ValueError(f"how={how!r} is not one of {', '.join(needed)}")
+    for name, count in needed[how].items():
+        if count is None or count <= 0:
+            raise ValueError(f"aggregate {how!r} divides by {name}, which is {count}")
+    if how == "sequence":
+        _, index_T, length_B = torch.unique(row_T, return_inverse=True, return_counts=True)  # [T], [rows of this call]
+        loss_T = loss_T / length_B[index_T]  # [T]
+    return loss_T.sum() / math.prod(needed[how].values())
+
+
+def _same_length(**tensors: Tensor | None) -> None:
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    expected = [statistics.mode(shape[0] if shape else 0 for shape in shapes.values())]
+    wrong = [f"{name} is {shape}" for name, shape in shapes.items() if shape != expected]
+    if wrong:
+        raise ValueError(f"lengths differ: {', '.join(wrong)}; expected {expected}")
+
+
+def _compact(*id_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Tuples of ids counted from 0, and the rows of each, on the CPU: (7, 9, 7) gives ([0, 1, 0], [2, 1])."""
+    ids = torch.stack([each_N.cpu().long() for each_N in id_N])  # [ids of a tuple, N]
+    return torch.unique(ids, dim=1, return_inverse=True, return_counts=True)[1:]  # [N], [distinct]

@@ -1,0 +1,398 @@
+"""The actor: load or build a model and tokenizer, log-probs of sampled tokens, optimizer, checkpoints.
+
+A "row" is one prompt and one response, as token ids.  Log-probs are computed on response tokens only: the backbone runs
+over the whole row, the lm_head on the positions that predict a response token, in chunks that are recomputed in the
+backward pass, so that no [tokens, vocabulary] tensor of the prompts ever exists.  Rows are packed end to end on CUDA
+(positions restart at each row, which transformers reads as the border that attention must not cross) and padded to the
+longest of a length-sorted micro-batch on CPU, where the packed attention mask costs more than the padding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+
+import prompts
+from config import Config, ConfigError
+
+LOGIT_CHUNK = 2048  # response tokens whose logits exist at the same time
+PROBE = "Your task is to: put two soapbar in cabinet 12.\n<think>Need it.</think><action>go to toilet 1</action>"
+CHAT_TEMPLATE = (  # Qwen's chat format, without its default system message
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class Actor:
+    """A model with its tokenizer, on its device."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    device: torch.device
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt: one user message in the model's chat format, up to where the reply begins."""
+        chat = [{"role": "user", "content": text}]
+        chat_text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer(chat_text, add_special_tokens=False)["input_ids"]
+
+    def encode_reply(self, text: str) -> list[int]:
+        """Token ids of a reply, closed by the end-of-turn token (for supervised rows; sampled ids are never re-made)."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of sampled ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device of this rank. Raises ConfigError if CUDA is asked for and absent."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no GPU; use device=cpu or device=auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def join_ranks(config: Config) -> tuple[int, int]:
+    """(rank, world size): join torchrun's process group, or make one of a single process."""
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1").items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    on_cpu = pick_device(config).type == "cpu"
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_gradients(model: torch.nn.Module) -> None:
+    """Add up the ranks' gradients in place (losses are divided by global counts, so the sum is the gradient)."""
+    if dist.get_world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch._utils._flatten_dense_tensors(gradients)
+    dist.all_reduce(flat)
+    for gradient, total in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+        gradient.copy_(total)
+
+
+def packs(actor: Actor) -> bool:
+    """Rows are packed end to end on CUDA and padded on CPU."""
+    return actor.device.type == "cuda"
+
+
+def load_actor(config: Config, corpus: Sequence[str] = (), path: str = "") -> Actor:
+    """The actor of `path` (default: config.model.path), in evaluation mode.
+
+    "tiny" builds one from scratch (tokenizer trained on `corpus`, weights from config.seed); anything else is a
+    Hugging Face id or folder. Raises ConfigError if it cannot be found.
+    """
+    device = pick_device(config)
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    path = path or config.model.path
+    if path == "tiny":
+        model, tokenizer = build_tiny(config, corpus)
+    else:
+        check_path(path)
+        tokenizer = load_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation=config.model.attention
+        )
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return Actor(model.to(device).eval(), tokenizer, device)
+
+
+def check_path(path: str) -> None:
+    """A local model folder must be whole. Raises ConfigError; a hub id ("owner/name") passes."""
+    folder = Path(path)
+    if folder.is_dir():
+        for needed in ("config.json", "tokenizer.json"):
+            if not (folder / needed).is_file():
+                raise ConfigError(f"{path} is not a model folder: it has no {needed}")
+        if not any(folder.glob("*.safetensors")):
+            raise ConfigError(f"{path} is not a model folder: it has no *.safetensors weights")
+    elif path.count("/") != 1 or path.startswith((".", "/", "runs/", "assets/")):
+        raise ConfigError(f"no model at {path}: the folder does not exist, and it is not a hub id either")
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer exactly as tokenizer.json describes it.
+
+    transformers' AutoTokenizer silently replaces a custom pre-tokenizer by Qwen's wherever config.json says "qwen2", so
+    folders that name the generic class are read by it, and every folder is checked against the `tokenizers` library.
+    """
+    folder = Path(path)
+    own = False
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer_class = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
+        own = tokenizer_class in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path)
+    if folder.is_dir():
+        expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROBE, add_special_tokens=False).ids
+        found = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        if found != expected:
+            raise ConfigError(f"{path}: transformers reads the tokenizer as {len(found)} tokens, tokenizer.json as "
+                              f"{len(expected)}, for the same text; the model would see garbage")  # fmt: skip
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tiny model: Qwen2 architecture, byte-level BPE, built from text in seconds
+
+
+def build_tiny(config: Config, corpus: Sequence[str]) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
+    """A Qwen2 model with random weights and a tokenizer trained on `corpus`, both determined by corpus and seed."""
+    if not corpus:
+        raise ConfigError('model.path=tiny needs text to train its tokenizer on; train it with train_sft.py first')
+    tokenizer = build_tokenizer(corpus, config.model.tiny_vocab)
+    sizes = config.model
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.tiny_hidden,
+        intermediate_size=2 * sizes.tiny_hidden,
+        num_hidden_layers=sizes.tiny_layers,
+        num_attention_heads=sizes.tiny_heads,
+        num_key_value_heads=max(1, sizes.tiny_heads // 2),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.model.attention)
+    return model, tokenizer
+
+
+# What becomes one token in the tiny tokenizer: the templates' passages, the frames of ALFWorld's sentences and lists
+# (PHRASES, before anything else), then the glue between list items, then words with their space, then numbers.
+PHRASES = (
+    "user\n",
+    "assistant\n",
+    "-= Welcome to TextWorld, ALFRED! =-\n\n",
+    "You are in the middle of a room. Looking quickly around you, you see",
+    "\n\nYour task is to:",
+    "You arrive at",
+    "You pick up the",
+    "You move the",
+    "You open the",
+    "You close the",
+    "You are facing the",
+    "You are carrying:",
+    "You are not carrying anything.",
+    "There's nothing special about",
+    "Nothing happens.",
+    ". Next to it, you see nothing.",
+    ". In it, you see",
+    ". On the",
+    ". The",
+    " is closed",
+    " is open",
+    " from the",
+    " to the",
+    ", you see",
+    " nothing.",
+    "</think><action>",
+    "<answer>\\boxed{0}</answer>",
+    "<answer>\\boxed{1}</answer>",
+    *(frame.format(number) for number in range(1, 51) for frame in ("[Observation {}: '", "', Action {}: '")),
+)
+PIECES = (
+    r"(?:'\n )?'(?:go to|take|move|open|close|examine|use|heat|cool|clean|slice|look|inventory)(?=[ '])"
+    r"|'\]\n?|,? and an?(?= )|, an?(?= )| ?[A-Za-z]+| ?\d+|\n|[^\sA-Za-z\d]+|\s"
+)
+
+
+def build_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Qwen's control tokens; the templates' fixed sentences are one token each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    phrases = [*prompts.boilerplate(), *PHRASES, *(f"<{slash}{tag}>" for tag in prompts.TAGS for slash in ("", "/"))]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(phrases)  # before training, so that their words do not compete for merges
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens(phrases)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows and their log-probs
+
+
+@dataclass
+class Row:
+    """One prompt and response to train on, with what the loss needs; `response_ids` are the sampled tokens."""
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    logprobs: np.ndarray | None = None  # the engine's, at sampling time
+    advantage: float = 0.0
+    judge: bool = False  # a critique (L_GCD) rather than an action (L_GRPO)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def micro_batches(rows: Sequence[Row], max_tokens: int, packed: bool) -> list[list[int]]:
+    """Indices of `rows` in groups whose padded (packed: total) token count stays within `max_tokens`, longest first.
+
+    A single row longer than the budget makes a group of its own. Every row is in exactly one group.
+    """
+    order = sorted(range(len(rows)), key=lambda index: -rows[index].tokens)
+    groups: list[list[int]] = []
+    used = 0
+    for index in order:
+        tokens = rows[index].tokens
+        longest = rows[groups[-1][0]].tokens if groups else 0
+        cost = used + tokens if packed else longest * (len(groups[-1]) + 1 if groups else 0)
+        if not groups or cost > max_tokens:
+            groups.append([index])
+            used = tokens
+        else:
+            groups[-1].append(index)
+            used += tokens
+    return groups
+
+
+def token_logprobs(
+    model: torch.nn.Module, rows: Sequence[Row], packed: bool, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of every response token of `rows` under `model`, rows end to end: two float32 tensors [T].
+
+    The logits are divided by `temperature`, as the engine's were when it sampled.
+    """
+    device = model.get_input_embeddings().weight.device
+    lengths = [row.tokens for row in rows]
+    width = sum(lengths) if packed else max(lengths)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packed else np.arange(len(rows)) * width
+    ids = np.zeros(width if packed else len(rows) * width, dtype=np.int64)
+    position = np.zeros_like(ids)
+    source, target = [], []  # flat position that predicts each response token; the token
+    for row, start, length in zip(rows, starts, lengths, strict=True):
+        ids[start : start + length] = np.concatenate([row.prompt_ids, row.response_ids])
+        position[start : start + length] = np.arange(length)
+        source.append(np.arange(start + len(row.prompt_ids) - 1, start + length - 1))
+        target.append(row.response_ids)
+    shape = (1, width) if packed else (len(rows), width)
+    input_ids = torch.from_numpy(ids.reshape(shape)).to(device)  # [1, T] or [B, L]
+    position_ids = torch.from_numpy(position.reshape(shape)).to(device) if packed else None
+    hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    hidden_T = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(source)).to(device)]  # [T, H]
+    target_T = torch.from_numpy(np.concatenate(target).astype(np.int64)).to(device)  # [T]
+    head = model.get_output_embeddings()
+
+    def score(hidden_C: torch.Tensor, target_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logp_CV = F.log_softmax(head(hidden_C).float() / temperature, dim=-1)  # [C, V]
+        with torch.no_grad():
+            entropy_C = -(logp_CV.exp() * logp_CV).sum(-1)
+        return logp_CV.gather(-1, target_C[:, None])[:, 0], entropy_C
+
+    parts = []
+    for hidden_C, target_C in zip(hidden_T.split(LOGIT_CHUNK), target_T.split(LOGIT_CHUNK), strict=True):
+        recompute = torch.is_grad_enabled() and len(hidden_T) > LOGIT_CHUNK
+        parts.append(checkpoint(score, hidden_C, target_C, use_reentrant=False) if recompute else score(hidden_C, target_C))
+    logp, entropy = zip(*parts, strict=True)
+    return torch.cat(logp), torch.cat(entropy)
+
+
+@torch.no_grad()
+def all_logprobs(model: torch.nn.Module, rows: Sequence[Row], max_tokens: int, packed: bool, temperature: float) -> list:
+    """Log-probs of every row's response tokens without gradient: a list of float32 arrays, in the order of `rows`."""
+    result: list[Any] = [None] * len(rows)
+    for group in micro_batches(rows, max_tokens, packed):
+        logp_T, _ = token_logprobs(model, [rows[index] for index in group], packed, temperature)
+        for index, part in zip(group, logp_T.split([len(rows[index].response_ids) for index in group]), strict=True):
+            result[index] = part.float().cpu().numpy()
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer and checkpoints
+
+
+def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)):
+    """AdamW with weight decay on matrices only."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+def save_model(actor: Actor, folder: Path, extra: dict[str, Any] | None = None, state: dict[str, Any] | None = None) -> None:
+    """Write a Hugging Face folder that transformers and vLLM load as it is, all of it or nothing.
+
+    `extra` maps file names to JSON content; `state` (optimizer, iteration, ...) goes to trainer/state.pt.
+    """
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    actor.model.save_pretrained(temporary)
+    actor.tokenizer.save_pretrained(temporary)
+    for name, content in (extra or {}).items():
+        (temporary / name).write_text(json.dumps(content, indent=1, ensure_ascii=False))
+    if state is not None:
+        (temporary / "trainer").mkdir()
+        torch.save(state, temporary / "trainer" / "state.pt")
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def point_latest(folder: Path, keep: int) -> None:
+    """Make `latest` beside `folder` point to it, atomically, then delete all but the newest `keep` checkpoints."""
+    link = folder.with_name("latest")
+    fresh = folder.with_name("latest.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.name)
+    os.replace(fresh, link)
+    numbered = sorted(path for path in folder.parent.iterdir() if path.name.isdigit())
+    for old in numbered[: -max(1, keep)]:
+        shutil.rmtree(old)
+
+
+def max_positions(path: str) -> int:
+    """Longest sequence the model at `path` was made for."""
+    return AutoConfig.from_pretrained(path).max_position_embeddings

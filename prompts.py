@@ -1,0 +1,257 @@
+"""The prompts of the paper's Appendix A.4 and the parsers of what comes back.
+
+One builder serves the cold start, the rollouts and the evaluation, so the three cannot drift apart.  Model output is
+untrusted text: the parsers never raise, run in linear time and accept one strict form.
+
+Departures from the paper: typographical slips are mended ("observaitons", mismatched quotes); the guideline sentences
+are left out where there are no guidelines, and the history sentences at the first step, where there is no history; the
+golden rule is asked for inside <rule> tags, because the paper does not say how it is read out of the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+GUIDELINES = (
+    "You should strictly follow the guidelines below, do what the guideline suggests in your thinking steps to make "
+    "better actions:\n{suggestions}\n"
+)
+HISTORY = (
+    "Prior to this step, you have already taken {step_count} step(s). Below are the most recent {history_length} "
+    "observations and the corresponding actions you took:\n{action_history}\n"
+    "You are now at step {current_step} and your current observation is: {observation}\n"
+)
+FIRST_STEP = "Your current observation is: {observation}\n"
+REPLY_FORMAT = (
+    "This reasoning process MUST be enclosed within <think> </think> tags. Once you've finished your reasoning, you "
+    "should choose {choice} for current step and present it within <action> </action> tags."
+)
+
+ACTOR = {
+    "alfworld": (
+        "You are an expert agent operating in the ALFRED Embodied Environment. Your task is to: {task}\n",
+        "Your admissible actions of the current situation are: [{actions}].\n"
+        "Now it's your turn to take an action. You should first reason step-by-step{guided} about the current "
+        "situation. " + REPLY_FORMAT.replace("{choice}", "an admissible action"),
+    ),
+}
+
+CRITIC = """\
+Role: You are an expert evaluator, a "Critic" tasked with judging the quality of an action taken by another agent in \
+{environment}, where the agent is required to do tasks like {examples}. Given the question and the agent's response, \
+you should judge the quality of the response.
+Context:
+Problem: {problem}
+Agent Response: {response}
+The problem has not been solved in the current state; if the agent considered the problem done before taking any \
+action, it is a serious error.
+Your Task:
+1. Analyze: In your <think> block, perform a step-by-step analysis. Consider the 'Current State' and the overall \
+'Problem'. Evaluate the thinking process of the agent and check whether the thinking is logical and whether the \
+'Chosen Action' makes logical progress. Evaluate whether the 'Chosen Action' will cause serious trouble, is obviously \
+not a good option, or may end in a loop of actions. Evaluate other possible actions and analyze whether some action is \
+obviously better than the chosen one. You should notice that the agent is good at this task, its success rate is about \
+80 percent, but it will also make some small mistakes or redundant actions, so you should not only consider the bad \
+side of the action but also its good side.
+2. Judge: In the <answer> block, provide a score. Use '1' for a good action, and '0' if the action is obviously a poor \
+action and there exist explicitly better actions.
+3. Propose (if applicable): In the <action> block, if (and only if) the score is '0', provide the single best \
+alternative action based on the available actions. Do not add any explanation here, only the action itself.
+4. Trajectory Analyze: Based on previous actions and their corresponding feedback, analyze the agent's previous \
+actions and check whether some of them could be further improved.
+5. Advise: In the <advise> block, provide a single, concise sentence of feedback. Based on your analysis of the \
+current action and previous actions, provide advice to help the agent avoid its mistakes and enhance its advantage in \
+the future. Provide a high-level strategic principle that applies to various situations, rather than a correction for \
+this specific instance.
+Output Format: You must follow this exact format. The <action> block is conditional and should only appear when the \
+score is 0.
+<think> Your step-by-step reasoning here. This is where you will explain why the chosen action is good or bad. If it \
+is bad, you will also explain why your proposed alternative action is better. </think>
+<answer> \\boxed{{0/1}} </answer>
+<action> The single best alternative action for the current observation here (only if score is 0) </action>
+<advise> Your concise, high-level strategic advice here </advise>"""
+
+CRITIC_SETTING = {
+    "alfworld": ("ALFWorld, a household environment", "'put a cellphone in bed'"),
+}
+
+GOLDEN_RULE = """\
+Role: You are an Expert AI Strategist, tasked with synthesizing raw feedback to generate high-level, actionable \
+principles for improving an agent's performance. The agent is operating in a complex environment like ALFWorld or \
+ScienceWorld.
+Context: You will be provided with a pre-defined theme and a list of specific advice sentences that have already been \
+clustered under this theme.
+Your Sole Task: Distill the entire collection of related advice into one single, overarching "Golden Rule." This rule \
+must be:
+High-Level: Abstract away from specific examples.
+Actionable: Provide clear guidance on what the agent should do.
+Generalizable: Be applicable to future, unseen situations related to this theme.
+For each theme provided in the input data, you must perform the following steps:
+1. Think Step-by-Step: First **you must think step by step and dig deep into the advice to formulate the high-level \
+principle.** Analyze the specific advice, identify the common pattern or root cause, and build a line of reasoning \
+toward a general rule.
+2. Formulate the Rule: Based on your thinking, synthesize the advice into **one single, actionable, and generalizable \
+Golden Rule** and present it within <rule> </rule> tags.
+THEME: {theme}
+ADVICE LIST:
+{advice}"""
+
+TAGS = ("think", "action", "answer", "advise", "rule")
+_TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>", re.IGNORECASE)
+_VERDICT = re.compile(r"\s*(?:\\?boxed\s*\{\s*([01])\s*\}|([01]))\s*\.?\s*")
+_IDEOGRAPH = re.compile("[\u4e00-\u9fff]")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the actor answered. `action` is what the environment is sent, also where the form is not `valid`."""
+
+    action: str
+    valid: bool
+    tag: str
+    thought: str
+
+
+@dataclass(frozen=True)
+class Critique:
+    """What the critic answered: its verdict (None where it gave none), a better action, a sentence of advice."""
+
+    score: int | None
+    action: str | None
+    advice: str | None
+
+
+def build_prompt(
+    env: str,
+    task: str,
+    observation: str,
+    actions: Sequence[str],
+    history: Sequence[tuple[str, str]] = (),
+    step: int = 0,
+    suggestions: Sequence[str] = (),
+) -> str:
+    """The actor's prompt at `step` (from 0): `history` holds the latest (observation, action) pairs, oldest first.
+
+    Source: paper, Appendix A.4.
+    """
+    opening, closing = ACTOR[env]
+    parts = [opening.format(task=task)]
+    if suggestions:
+        parts.append(GUIDELINES.format(suggestions="\n".join(f"- {inert(rule)}" for rule in suggestions)))
+    if history:
+        first = step - len(history) + 1
+        lines = [
+            f"[Observation {number}: '{seen}', Action {number}: '{inert(action)}']"
+            for number, (seen, action) in enumerate(history, first)
+        ]
+        parts.append(
+            HISTORY.format(
+                step_count=step,
+                history_length=len(history),
+                action_history="\n".join(lines),
+                current_step=step + 1,
+                observation=observation,
+            )
+        )
+    else:
+        parts.append(FIRST_STEP.format(observation=observation))
+    listed = "\n ".join(f"'{action}'" for action in actions)
+    parts.append(closing.format(actions=listed, guided=" based on the guideline" if suggestions else ""))
+    return "".join(parts)
+
+
+def fit_prompt(encode: Callable[[str], list[int]], max_tokens: int, history: Sequence[tuple[str, str]] = (), **fields):
+    """(text, token ids) of build_prompt with as much of the newest history as fits `max_tokens`.
+
+    Raises ValueError if the prompt is too long without any history: task, observation and actions are never cut.
+    """
+    for dropped in range(len(history) + 1):
+        text = build_prompt(history=history[dropped:], **fields)
+        ids = encode(text)
+        if len(ids) <= max_tokens:
+            return text, ids
+    raise ValueError(
+        f"a prompt without history has {len(ids)} tokens, more than the limit of {max_tokens}: raise "
+        f"rollout.max_prompt_tokens (it begins {text[:80]!r})"
+    )
+
+
+def build_critic_prompt(env: str, problem: str, response: str) -> str:
+    """The question "was this a good action?" about one step: its whole prompt and the reply it got. Source: paper, A.4."""
+    environment, examples = CRITIC_SETTING[env]
+    return CRITIC.format(environment=environment, examples=examples, problem=problem, response=inert(response))
+
+
+def build_rule_prompt(theme: str, advice: Sequence[str]) -> str:
+    """The request to distil advice on one theme into a golden rule. Source: paper, A.4."""
+    return GOLDEN_RULE.format(theme=theme, advice="\n".join(f"- {inert(sentence)}" for sentence in advice))
+
+
+def parse_reply(text: str, style: str = "think", env: str = "alfworld") -> Reply:
+    """Read an actor's reply: valid iff exactly one reasoning block, then exactly one non-empty action block.
+
+    Tags may be in any case; a CJK ideograph anywhere makes the reply invalid. The action of an invalid reply is its
+    first action block if it has one, else empty (which every environment answers with its "nothing happens"). ALFWorld
+    actions are lower-cased, as its published parser does.
+    """
+    if style != "think":
+        raise ValueError(f"unknown prompt style {style!r}")
+    tags, blocks = _scan(text)
+    own = [tag for tag in tags if tag in ("think", "/think", "action", "/action")]
+    action = " ".join(blocks.get("action", [""])[0].split())
+    action = action.lower() if env == "alfworld" else action
+    valid = own == ["think", "/think", "action", "/action"] and bool(action) and not _IDEOGRAPH.search(text)
+    return Reply(action=action, valid=valid, tag="think", thought=blocks.get("think", [""])[0].strip())
+
+
+def parse_critique(text: str) -> Critique:
+    """Read a critic's answer: a verdict counts only if there is exactly one answer block and it says 0 or 1."""
+    _, blocks = _scan(text)
+    answers = blocks.get("answer", [])
+    match = _VERDICT.fullmatch(answers[0]) if len(answers) == 1 and len(answers[0]) < 100 else None
+    score = int(match[1] or match[2]) if match else None
+    action = plain(blocks.get("action", [""])[0], 200) or None
+    advice = plain(blocks.get("advise", [""])[-1], 300) or None
+    return Critique(score=score, action=action, advice=advice)
+
+
+def parse_rule(text: str, max_chars: int) -> str:
+    """The golden rule in an answer to build_rule_prompt: its <rule> block, or failing that all of it; plain, capped."""
+    _, blocks = _scan(text)
+    return plain(blocks.get("rule", [text])[-1], max_chars)
+
+
+def inert(text: str) -> str:
+    """Model output made fit to stand in a prompt: it cannot spell a chat template's control tokens (<|im_end|>)."""
+    return text.replace("<|", "< |")
+
+
+def plain(text: str, max_chars: int) -> str:
+    """Untrusted text made fit for a prompt: one line, without the tags that our parsers know, at most `max_chars`."""
+    return " ".join(_TAG.sub(" ", text).split())[:max_chars].strip()
+
+
+def _scan(text: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The tags in order ("think", "/think", ...) and each tag's closed blocks. One pass."""
+    tags, blocks = [], {}
+    opened: tuple[str, int] | None = None  # a block ends at the first tag after its opening that closes it
+    for match in _TAG.finditer(text):
+        slash, name = match[1], match[2].lower()
+        tags.append(slash + name)
+        if not slash:
+            opened = (name, match.end())
+        elif opened and opened[0] == name:
+            blocks.setdefault(name, []).append(text[opened[1] : match.start()])
+            opened = None
+    return tags, blocks
+
+
+def boilerplate() -> list[str]:
+    """The fixed passages of all templates, longest first: a tiny tokenizer makes each of them one token."""
+    critic = CRITIC.replace("{{", "\0").replace("}}", "\1")
+    templates = [GUIDELINES, HISTORY, FIRST_STEP, critic, GOLDEN_RULE, *(part for pair in ACTOR.values() for part in pair)]
+    pieces = {piece.replace("\0", "{").replace("\1", "}") for text in templates for piece in re.split(r"\{\w+\}", text)}
+    pieces |= {text for pair in CRITIC_SETTING.values() for text in pair}
+    return sorted((piece for piece in pieces if len(piece) > 12), key=len, reverse=True)

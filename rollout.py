@@ -1,0 +1,463 @@
+"""Rollouts: the generation engine beside the trainer, its weight sync and canary, and the multi-turn collector.
+
+The engine knows token ids only: prompts in, sampled ids and their log-probs out, and these are the truth that is trained
+on.  vLLM runs in the trainer's own process, one engine per rank; where it is not installed, transformers serves the
+same job more slowly.
+
+Collection is continuous: an episode's next request is queued the moment its environment has answered, and a finished
+episode's place is taken by the next, so the engine's batch stays full.  The sampling seed of a reply depends on (run
+seed, iteration, group, member, step) alone, so episodes do not depend on timing.  An environment that raises is
+restarted and its episode replayed from the start with the same seeds; after a second failure the episode is discarded
+and counted, never scored 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import prompts
+from config import Config, ConfigError
+from envs import Observation, Task
+from model import Actor, Row, all_logprobs, packs
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass
+class Step:
+    """One action of an episode, or one critique: what the engine was given and what it sampled, token by token."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float]
+    prompt: str  # the text behind prompt_ids, without the chat format
+    response: str
+    observation: str  # raw text seen before acting: the anchor state
+    action: str
+    valid: bool
+    available: bool  # the action was in the environment's list
+    reward: float
+    tag: str = "think"
+    thought: str = ""
+    advantage: float = 0.0
+    label: int | None = None  # GCD: 1 good, 0 flawed
+    label_source: str = ""
+
+
+@dataclass
+class Episode:
+    task: Task
+    group: int
+    member: int
+    steps: list[Step] = field(default_factory=list)
+    won: bool = False
+    score: float = 0.0
+    weights_version: int = 0
+
+    def to_json(self, tokens: bool = False) -> dict[str, Any]:
+        """One line of episodes/*.jsonl: all but prompts, tokens and log-probs, which `tokens` adds."""
+        record = dataclasses.asdict(self)
+        if not tokens:
+            for step in record["steps"]:
+                for key in ("prompt", "prompt_ids", "response_ids", "logprobs"):
+                    del step[key]
+        return record
+
+
+def stable_seed(*key: int) -> int:
+    """A seed that depends on the key alone: the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Engines
+
+
+class Engine:
+    """What both engines share: requests are submitted one by one and come back from poll() in any order."""
+
+    def __init__(self, actor: Actor) -> None:
+        self.actor = actor
+
+    def submit(self, key: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        raise NotImplementedError
+
+    def poll(self) -> list[tuple[str, Sample]]:
+        """Advance generation; the requests that finished, as (key, sample)."""
+        raise NotImplementedError
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Leave the process group: the last thing a script does."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Sample]:
+        """Samples for a list of token-id prompts, in their order."""
+        for index, (ids, how) in enumerate(zip(prompt_ids, sampling, strict=True)):
+            self.submit(str(index), ids, how)
+        done: dict[str, Sample] = {}
+        while len(done) < len(prompt_ids):
+            done |= dict(self.poll())
+        return [done[str(index)] for index in range(len(prompt_ids))]
+
+
+class VllmEngine(Engine):
+    """vLLM in this process (TP 1, external launcher: each rank of torchrun has an engine of its own)."""
+
+    def __init__(self, actor: Actor, folder: str, config: Config) -> None:
+        super().__init__(actor)
+        on_cpu = actor.device.type == "cpu"
+        settings = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
+        for name, value in settings.items():
+            os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        if on_cpu:  # nothing is compiled on this path, and dynamo's first call would cost 4 to 15 seconds
+            import torch._dynamo.config as dynamo
+
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+            dynamo.disable = True
+        set_num_threads = torch.set_num_threads
+        rng = torch.get_rng_state()
+        from vllm import LLM, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        longest = max(
+            config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+            config.judge.max_prompt_tokens + config.judge.max_response_tokens if config.judge.enabled else 0,
+        )
+        place: dict[str, Any] = (
+            dict(kv_cache_memory_bytes=int(config.rollout.kv_cache_gib * 2**30), enforce_eager=True)
+            if on_cpu
+            else dict(gpu_memory_utilization=config.rollout.gpu_memory_utilization)
+        )
+        self.llm = LLM(
+            folder,
+            dtype=str(next(actor.model.parameters()).dtype).removeprefix("torch."),
+            max_model_len=longest,
+            max_num_seqs=config.rollout.concurrency,
+            # A prompt is never split over steps: with a per-request seed that crashes vLLM's CPU sampler.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(4096, longest),
+            enable_prefix_caching=True,
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=1,
+            seed=config.seed,
+            logprobs_mode="processed_logprobs",
+            load_format="dummy",  # the trainer's weights follow at once
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **place,
+        )
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a no-op
+        torch.set_rng_state(rng)  # and reseeds the global generator
+        self._params = lambda sampling: SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            logprobs=0,
+            detokenize=False,
+            stop_token_ids=[actor.tokenizer.eos_token_id],
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def submit(self, key: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        self.llm.llm_engine.add_request(key, {"prompt_token_ids": list(prompt_ids)}, self._params(sampling))
+
+    def poll(self) -> list[tuple[str, Sample]]:
+        finished = []
+        for request in self.llm.llm_engine.step():
+            if request.finished:
+                output = request.outputs[0]
+                ids = list(output.token_ids)
+                logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True)]
+                finished.append((request.request_id, Sample(ids, logprobs)))
+        return finished
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named))
+        assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests are still running"
+
+    def close(self) -> None:
+        dist.barrier()
+        self.llm.llm_engine.engine_core.shutdown()  # this also destroys the process group
+
+
+class TransformersEngine(Engine):
+    """transformers' generate() on the trainer's own weights, all queued requests as one padded batch."""
+
+    def __init__(self, actor: Actor, batch: int) -> None:
+        super().__init__(actor)
+        self.batch = batch
+        self.queue: deque[tuple[str, list[int], Sampling]] = deque()
+
+    def submit(self, key: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        self.queue.append((key, list(prompt_ids), sampling))
+
+    @torch.no_grad()
+    def poll(self) -> list[tuple[str, Sample]]:
+        taken = [self.queue.popleft() for _ in range(min(self.batch, len(self.queue)))]
+        if not taken:
+            return []
+        tokenizer, model = self.actor.tokenizer, self.actor.model
+        width = max(len(ids) for _, ids, _ in taken)
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids, _ in taken], device=self.actor.device)
+        mask = torch.tensor(
+            [[0] * (width - len(ids)) + [1] * len(ids) for _, ids, _ in taken], device=self.actor.device
+        )
+        sampler = _SeededSampler([sampling for _, _, sampling in taken])
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=max(sampling.max_tokens for _, _, sampling in taken),
+            eos_token_id=end,
+            pad_token_id=pad,
+            logits_processor=[sampler],
+        )[:, width:]
+        finished = []
+        for index, (key, _, sampling) in enumerate(taken):
+            ids = output[index].tolist()[: sampling.max_tokens]
+            ids = ids[: ids.index(end) + 1] if end in ids else ids
+            logprobs = [float(sampler.logprobs[at][index, token]) for at, token in enumerate(ids)]
+            finished.append((key, Sample(ids, logprobs)))
+        return finished
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        pass  # it generates with the trainer's own weights
+
+
+class _SeededSampler:
+    """A logits processor that turns generate()'s arg-max into sampling with one generator per request (Gumbel-max)."""
+
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
+        self.temperature = torch.tensor([[sampling.temperature] for sampling in samplings])
+        self.generators = [torch.Generator().manual_seed(sampling.seed) for sampling in samplings]
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logp = torch.log_softmax(scores.float().cpu() / self.temperature.clamp(min=1e-6), dim=-1)  # [B, V]
+        self.logprobs.append(logp)
+        uniform = torch.stack([torch.rand(logp.shape[1], generator=generator) for generator in self.generators])
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        return torch.where(self.temperature > 0, logp + gumbel, logp).to(scores.device)
+
+
+def make_engine(config: Config, actor: Actor, folder: str) -> Engine:
+    """The engine that `rollout.engine` names, holding the actor's weights; `folder` has the model's config.json.
+
+    The process group must exist (vLLM joins it). Raises ConfigError if vLLM is asked for and not installed.
+    """
+    kind = config.rollout.engine
+    installed = importlib.util.find_spec("vllm") is not None
+    if kind == "vllm" and not installed:
+        raise ConfigError("rollout.engine=vllm, but vLLM is not installed: pip install -r requirements.txt (CPU: make "
+                          "venv), or use rollout.engine=transformers, which is slower")  # fmt: skip
+    if kind == "transformers" or not installed:
+        return TransformersEngine(actor, config.rollout.concurrency)
+    engine = VllmEngine(actor, folder, config)
+    sync(engine, actor)
+    return engine
+
+
+def sync(engine: Engine, actor: Actor) -> None:
+    """Give the engine the trainer's weights. state_dict() and not named_parameters(): it holds the tied lm_head."""
+    engine.load_weights((name, tensor.detach()) for name, tensor in actor.model.state_dict().items())
+
+
+def canary(engine: Engine, actor: Actor, prompt_ids: Sequence[Sequence[int]], config: Config) -> float:
+    """Mean |log-prob difference| between engine and trainer on fresh samples from a few prompts.
+
+    Raises RuntimeError above `rollout.canary_bound`: the engine then does not run the trainer's weights.
+    """
+    sampling = [Sampling(1.0, 16, stable_seed(config.seed, index)) for index in range(len(prompt_ids))]
+    samples = engine.generate(prompt_ids, sampling)
+    rows = [Row(np.array(ids), np.array(s.ids)) for ids, s in zip(prompt_ids, samples, strict=True)]
+    trainer = all_logprobs(actor.model, rows, config.train.tokens_per_micro_batch, packs(actor), 1.0)
+    gap = float(np.abs(np.concatenate(trainer) - np.concatenate([s.logprobs for s in samples])).mean())
+    if not gap <= config.rollout.canary_bound:
+        raise RuntimeError(
+            f"canary: engine and trainer disagree by {gap:.3g} nat per token (bound {config.rollout.canary_bound}): "
+            "the weight sync is broken, or the bound is too tight for this dtype (rollout.canary_bound)"
+        )
+    return gap
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The collector
+
+
+@dataclass
+class _Play:
+    """An episode in flight."""
+
+    episode: Episode
+    env: Any
+    attempt: int = 0
+    observation: Observation | None = None
+    prompt: str = ""
+    prompt_ids: list[int] = field(default_factory=list)
+    sample: Sample | None = None
+    response: str = ""
+    reply: prompts.Reply | None = None
+
+
+def collect(
+    engine: Engine,
+    envs: Sequence[Any],
+    tasks: Sequence[Task],
+    config: Config,
+    *,
+    iteration: int = 0,
+    first_group: int = 0,
+    members: int | None = None,
+    temperature: float | None = None,
+    suggestions: Sequence[str] = (),
+    counts: Counter | None = None,
+    on_episode: Callable[[Episode], None] = lambda episode: None,
+) -> list[Episode]:
+    """Play every task `members` times (default: rollout.group_size); the episodes by group, then member.
+
+    `envs` are as many episodes as may be in flight at once. `first_group` numbers the groups across ranks. `counts`
+    receives "restarted" and "discarded" episodes. Raises ValueError if a prompt without history exceeds the limit.
+    """
+    members = config.rollout.group_size if members is None else members
+    temperature = config.rollout.temperature if temperature is None else temperature
+    counts = Counter() if counts is None else counts
+    waiting = deque(
+        Episode(task, first_group + index, member) for index, task in enumerate(tasks) for member in range(members)
+    )
+    idle = deque(envs)
+    generating: dict[str, _Play] = {}
+    acting: dict[Future, _Play] = {}
+    finished: list[Episode] = []
+    threads = ThreadPoolExecutor(max_workers=len(envs)) if envs[0].threaded else None
+
+    def call(play: _Play, function: Callable, *arguments: Any) -> None:
+        """Let the environment act: in a thread if it is slow, else here and now; absorbed below either way."""
+        if threads:
+            acting[threads.submit(function, *arguments)] = play
+            return
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        acting[future] = play
+
+    def request(play: _Play) -> None:
+        """Queue the model's next reply."""
+        steps, seen = play.episode.steps, play.observation
+        recent = steps[-config.env.history :] if config.env.history else []
+        play.prompt, play.prompt_ids = prompts.fit_prompt(
+            engine.actor.encode,
+            config.rollout.max_prompt_tokens,
+            env=config.env.name,
+            task=seen.task,
+            observation=seen.text,
+            actions=seen.actions,
+            history=[(step.observation, step.action) for step in recent],
+            step=len(steps),
+            suggestions=suggestions,
+        )
+        key = (config.seed, iteration, play.episode.group, play.episode.member, len(steps))
+        sampling = Sampling(temperature, config.rollout.max_response_tokens, stable_seed(*key))
+        name = f"{play.episode.group}-{play.episode.member}-{len(steps)}-{play.attempt}"
+        generating[name] = play
+        engine.submit(name, play.prompt_ids, sampling)
+
+    def absorb(future: Future, play: _Play) -> None:
+        """Take in what the environment answered to a reset or an action."""
+        episode = play.episode
+        try:
+            seen = future.result()
+        except Exception as error:  # an environment may die in any way
+            counts["restarted" if play.attempt == 0 else "discarded"] += 1
+            warnings.warn(f"{episode.task.id}: environment failed ({type(error).__name__}: {error})", stacklevel=2)
+            episode.steps.clear()
+            play.env.restart()
+            if play.attempt == 0:
+                play.attempt, play.sample = 1, None
+                call(play, play.env.reset, episode.task)
+            else:
+                idle.append(play.env)
+            return
+        if play.sample is not None:
+            episode.steps.append(_step(play, seen, config))
+            play.sample = None
+        play.observation = seen
+        if seen.done or len(episode.steps) >= config.env.max_steps:
+            episode.won, episode.score = seen.won, seen.score
+            finished.append(episode)
+            on_episode(episode)
+            idle.append(play.env)
+        else:
+            request(play)
+
+    while waiting or generating or acting:
+        while waiting and idle:
+            play = _Play(waiting.popleft(), idle.popleft())
+            call(play, play.env.reset, play.episode.task)
+        while ready := [future for future in acting if future.done()]:
+            for future in ready:
+                absorb(future, acting.pop(future))
+        if generating:
+            for name, sample in engine.poll():
+                play = generating.pop(name)
+                play.sample, play.response = sample, engine.actor.decode(sample.ids)
+                play.reply = prompts.parse_reply(play.response, config.prompt_style, config.env.name)
+                call(play, play.env.step, play.reply.action)
+        elif acting:
+            wait(acting, return_when=FIRST_COMPLETED)
+    if threads:
+        threads.shutdown()
+    return sorted(finished, key=lambda episode: (episode.group, episode.member))
+
+
+def _step(play: _Play, after: Observation, config: Config) -> Step:
+    """The record of the action just taken; `after` is what the environment answered."""
+    return Step(
+        prompt_ids=play.prompt_ids,
+        response_ids=play.sample.ids,
+        logprobs=play.sample.logprobs,
+        prompt=play.prompt,
+        response=play.response,
+        observation=play.observation.text,
+        action=play.reply.action,
+        valid=play.reply.valid,
+        available=play.reply.action in play.observation.actions,
+        reward=config.rollout.success_reward * float(after.won),
+        tag=play.reply.tag,
+        thought=play.reply.thought,
+    )
