@@ -26,6 +26,12 @@ from typing import Any, Literal
 
 import yaml
 
+# Read when torch is imported, so set here, in the module every script imports first: one thread per rank (vLLM's CPU
+# engine is several times slower with more), and no C++ warnings about it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 TASK_TYPES = (  # ALFWorld's six, in the order of its own ids 1 to 6
     "pick_and_place_simple",
     "look_at_obj_in_light",
@@ -168,7 +174,7 @@ class SFTConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     levels: tuple[str, ...] = ("L0", "L1", "L2")
-    games: int = 0  # first N games of each level's fixed list; 0: all
+    games: int = 0  # play only N games of each level's fixed list, always the same; 0: all
     seeds: int = 3  # every game is played once per sampling seed
     temperature: float = 0.4
 

@@ -6,8 +6,8 @@
 
 ALFWorld is played natively (games.py) or, with env.engine=textworld, by TextWorld itself.  Success is strict: `won`.
 Departures from published code: the engine's `help` is not offered, as there, and also not played; evaluation lists are
-fixed and whole; the expert is alfworld's own hand-coded one, with its "put" test mended for the "move" dialect and
-without its ceremonial first `look`.
+fixed and whole; the expert is alfworld's own hand-coded one, with its "put" test mended for the "move" dialect,
+without its ceremonial first `look` and its actions that do nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import games
 from config import TASK_TYPES, ConfigError, EnvConfig
 
 RECEPTACLE_TYPES = frozenset(  # what can be gone to, as ALFWorld names it; everything else is an object
-    "armchair bathtubbasin bed cabinet cart coffeemachine coffeetable countertop desk diningtable drawer dresser fridge "
-    "garbagecan handtowelholder laundryhamper microwave ottoman safe shelf sidetable sinkbasin sofa stoveburner toaster "
-    "toilet toiletpaperhanger towelholder tvstand".split()
+    "armchair bathtubbasin bed cabinet cart coffeemachine coffeetable countertop desk diningtable drawer dresser "
+    "fridge garbagecan handtowelholder laundryhamper microwave ottoman safe shelf sidetable sinkbasin sofa "
+    "stoveburner toaster toilet toiletpaperhanger towelholder tvstand".split()
 )
+MAX_TRIES = 20  # of the expert, at one step
 ALFWORLD_SPLIT = {"train": "train", "L0": "valid_seen", "L1": "valid_unseen", "L2": "valid_unseen"}
 
 
@@ -146,7 +147,7 @@ class NativeAlfworld:
         return self._observe(self.play.text)
 
     def step(self, action: str) -> Observation:
-        return self._observe(self.play.step(action) if action != "help" else "Nothing happens.")
+        return self._observe(self.play.step(action) if action.strip() != "help" else "Nothing happens.")
 
     def restart(self) -> None:
         pass
@@ -174,6 +175,7 @@ class TextWorldAlfworld:
         return self._observe(self.state)
 
     def step(self, action: str) -> Observation:
+        action = action.strip()
         if action not in self.state["admissible_commands"] or action == "help":
             return _alfworld_observation(
                 "Nothing happens.", self.state["admissible_commands"], self.task, self.state["won"]
@@ -220,9 +222,8 @@ class AlfworldExpert:
         return None if self.play.won else self._next(action)
 
     def _next(self, last: str) -> str | None:
-        from alfworld.agents.expert import HandCodedAgentTimeout
-        from alfworld.agents.expert.handcoded_expert import HandCodedAgentFailed
-
+        """The expert's next admissible action. Of what it asks for in vain it is told that nothing happened, and it
+        thinks again: those tries are neither played nor taught."""
         names, play = self.play.game.names, self.play
         facts = [("inreceptacle", obj, place) for place, held in play.contents.items() for obj in held]
         facts = [SimpleNamespace(name=name, names=[names[obj], names[place]]) for name, obj, place in facts]
@@ -230,18 +231,30 @@ class AlfworldExpert:
             facts.append(SimpleNamespace(name="holds", names=["agent", names[play.held]]))
         for verb, name in (("clean", "isclean"), ("heat", "ishot"), ("cool", "iscool")):
             facts += [SimpleNamespace(name=name, names=[names[obj]]) for obj in play.changed[verb]]
-        state = {"feedback": play.text, "facts": facts, "admissible_commands": play.actions, "won": play.won}
+        offered = [action for action in play.actions if action != "help"]
+        state = {"feedback": play.text, "facts": facts, "admissible_commands": offered, "won": play.won}
         if last.startswith("move "):  # the expert's bookkeeping still waits for the old word
             last = "put " + last.removeprefix("move ")
+        for _ in range(MAX_TRIES):
+            action = self._ask(state, last)
+            if action is None or action in offered:
+                return action
+            state, last = state | {"feedback": "Nothing happens."}, action
+        return None
+
+    def _ask(self, state: dict[str, Any], last: str) -> str | None:
+        """What alfworld's expert says, None where it gives up."""
+        from alfworld.agents.expert import HandCodedAgentTimeout
+        from alfworld.agents.expert.handcoded_expert import HandCodedAgentFailed
+
         kept = random.getstate()  # the expert draws from the global generator
         random.seed(self.random.random())
         try:
-            action = self.agent.act(state, 0, play.won, last)
+            return self.agent.act(state, 0, state["won"], last)
         except (HandCodedAgentTimeout, HandCodedAgentFailed, IndexError):  # its ways of giving up
             return None
         finally:
             random.setstate(kept)
-        return action if action in play.actions else None
 
 
 def make_expert(env_cfg: EnvConfig, seed: int = 0) -> AlfworldExpert:

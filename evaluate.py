@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def main() -> None:
     command.add_argument("--config", help="YAML; default: the config.yaml of the checkpoint's run")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
     command.add_argument("--levels", nargs="+", choices=["L0", "L1", "L2"])
-    command.add_argument("--games", type=int, help="only the first N games of each level")
+    command.add_argument("--games", type=int, help="only N games of each level, always the same")
     command.add_argument("--seeds", type=int, help="sampling seeds per game")
     command.add_argument("--temperature", type=float)
     command.add_argument("--out", type=Path, help="folder for eval.json; default: the run's, or runs/eval_<model>")
@@ -86,7 +87,8 @@ def evaluate_levels(
         games = envs.tasks(config.env, level, "eval")
         if config.eval.games > len(games):
             raise ConfigError(f"eval.games={config.eval.games}, but {level} has only {len(games)} games")
-        games = games[: config.eval.games or None]
+        if config.eval.games:  # the list is sorted by type, so a part of it is drawn, always the same
+            games = random.Random(0).sample(games, config.eval.games)
         share = slice(len(games) * rank // world, len(games) * (rank + 1) // world)
         mine = games[share]
         pool = [envs.make_env(config.env) for _ in range(max(1, min(config.rollout.concurrency, len(mine) * config.eval.seeds)))]

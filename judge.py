@@ -6,8 +6,8 @@ an answer whose verdict matches the label is rewarded, and the answers are train
 policy loss as the actions.  The advice sentences of the answers are distilled into golden rules for the actor's prompt.
 
 Decisions where the paper is silent: "the observation occurs in following steps" means equal text later in the same
-episode; questions are always half good and half flawed, so an iteration with few good steps asks less; an answer without
-a verdict earns 0; without a language model to distil them, a theme's rule is the medoid of its advice.
+episode; questions are always half good and half flawed, so an iteration with few good steps asks less; an answer
+without a verdict earns 0; without a language model to distil them, a theme's rule is the medoid of its advice.
 """
 
 from __future__ import annotations
@@ -155,19 +155,24 @@ def pick(episodes: Sequence[Episode], count: int, rng: random.Random) -> list[Qu
 
 
 def ask(engine: Engine, questions: Sequence[Question], config: Config, iteration: int, first: int = 0) -> None:
-    """Let the actor answer each question `judge.group_size` times. `first` numbers the questions across ranks."""
-    texts, prompt_ids, sampling = [], [], []
+    """Let the actor answer each question `judge.group_size` times. `first` numbers the questions across ranks.
+
+    A question of more than `judge.max_prompt_tokens` stays without answers, which judge_metrics counts.
+    """
+    asked, texts, prompt_ids, sampling = [], [], [], []
     for number, question in enumerate(questions, first):
         text = prompts.build_critic_prompt(config.env.name, question.step.prompt, question.step.response)
         ids = engine.actor.encode(text)
+        if len(ids) > config.judge.max_prompt_tokens:
+            continue
         for member in range(config.judge.group_size):
             seed = stable_seed(config.seed, iteration, number, member, -1)  # -1: not an environment step
+            asked.append(question)
             texts.append(text)
             prompt_ids.append(ids)
             sampling.append(Sampling(config.rollout.temperature, config.judge.max_response_tokens, seed))
     samples = engine.generate(prompt_ids, sampling)
-    for place, (text, ids, sample) in enumerate(zip(texts, prompt_ids, samples, strict=True)):
-        question = questions[place // config.judge.group_size]
+    for question, text, ids, sample in zip(asked, texts, prompt_ids, samples, strict=True):
         response = engine.actor.decode(sample.ids)
         critique = prompts.parse_critique(response)
         question.critiques.append(critique)
@@ -189,14 +194,14 @@ def ask(engine: Engine, questions: Sequence[Question], config: Config, iteration
 
 
 def judge_metrics(questions: Sequence[Question]) -> dict[str, float]:
-    """Accuracy by class, share of "1" answers and of answers without a verdict; empty if nothing was asked."""
+    """Accuracy by class, share of "1" answers and of answers without a verdict; counts alone if a class is missing."""
     answers = [(q.step.label, c.score) for q in questions for c in q.critiques]
-    if not answers:
-        return {"questions": 0}
     right = {cls: [score == cls for truth, score in answers if truth == cls] for cls in (0, 1)}
+    counts = {"questions": len(questions), "questions_too_long": sum(not q.answers for q in questions)}
+    if not all(right.values()):
+        return counts
     by_class = {cls: float(np.mean(values)) for cls, values in right.items()}
-    return {
-        "questions": len(questions),
+    return counts | {
         "accuracy": float(np.mean([truth == score for truth, score in answers])),
         "accuracy_good": by_class[1],
         "accuracy_flawed": by_class[0],
@@ -225,8 +230,9 @@ def golden_rules(advice: Sequence[str], config: GuidelinesConfig) -> list[str]:
 
     Source: paper, section 4.2 (clustering by pre-defined themes); the medoid stands in for a language model's summary.
     """
-    sentences = sorted(set(advice))
-    if not sentences:
+    advice = [prompts.plain(sentence) for sentence in advice]
+    sentences = sorted(set(advice) - {""})
+    if not sentences or not config.themes:
         return []
     counts = np.array([advice.count(sentence) for sentence in sentences])
     vectors = TfidfVectorizer(stop_words="english").fit(list(config.themes) + sentences)
@@ -237,5 +243,5 @@ def golden_rules(advice: Sequence[str], config: GuidelinesConfig) -> list[str]:
         if members:
             own = vectors.transform([sentences[i] for i in members])
             central = (own @ own.T).toarray() @ counts[members]  # similarity to all advice, repeated sentences included
-            rules.append(prompts.plain(sentences[members[int(central.argmax())]], config.max_chars))
+            rules.append(sentences[members[int(central.argmax())]][: config.max_chars].strip())
     return rules

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,10 +24,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+from transformers.utils import logging as hf_logging
 
 import prompts
 from config import Config, ConfigError
+
+hf_logging.disable_progress_bar()
 
 LOGIT_CHUNK = 2048  # response tokens whose logits exist at the same time
 PROBE = "Your task is to: put two soapbar in cabinet 12.\n<think>Need it.</think><action>go to toilet 1</action>"
@@ -85,10 +88,17 @@ def join_ranks(config: Config) -> tuple[int, int]:
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Add up the ranks' gradients in place (losses are divided by global counts, so the sum is the gradient)."""
+    """Add up the ranks' gradients in place (losses are divided by global counts, so the sum is the gradient).
+
+    Where there were no rows it is 0, not missing: the optimizer's step is then the same on every rank and world size.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     if dist.get_world_size() == 1:
         return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in trained]
     flat = torch._utils._flatten_dense_tensors(gradients)
     dist.all_reduce(flat)
     for gradient, total in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
@@ -115,10 +125,13 @@ def load_actor(config: Config, corpus: Sequence[str] = (), path: str = "") -> Ac
         model, tokenizer = build_tiny(config, corpus)
     else:
         check_path(path)
-        tokenizer = load_tokenizer(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation=config.model.attention
-        )
+        try:
+            tokenizer = load_tokenizer(path)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), attn_implementation=config.model.attention
+            )
+        except OSError as error:  # for instance a hub id without a network
+            raise ConfigError(f"no model at {path}: {' '.join(str(error).split())}") from None
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return Actor(model.to(device).eval(), tokenizer, device)
@@ -296,11 +309,16 @@ def micro_batches(rows: Sequence[Row], max_tokens: int, packed: bool) -> list[li
 
 
 def token_logprobs(
-    model: torch.nn.Module, rows: Sequence[Row], packed: bool, temperature: float = 1.0
+    model: torch.nn.Module,
+    rows: Sequence[Row],
+    packed: bool,
+    temperature: float = 1.0,
+    entropy: Literal["none", "value", "gradient"] = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob and entropy of every response token of `rows` under `model`, rows end to end: two float32 tensors [T].
 
-    The logits are divided by `temperature`, as the engine's were when it sampled.
+    The logits are divided by `temperature`, as the engine's were when it sampled. Entropies cost time, and with a
+    gradient memory, so "none" (zeros) leaves them out.
     """
     device = model.get_input_embeddings().weight.device
     lengths = [row.tokens for row in rows]
@@ -323,10 +341,13 @@ def token_logprobs(
     head = model.get_output_embeddings()
 
     def score(hidden_C: torch.Tensor, target_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logp_CV = F.log_softmax(head(hidden_C).float() / temperature, dim=-1)  # [C, V]
-        with torch.no_grad():
-            entropy_C = -(logp_CV.exp() * logp_CV).sum(-1)
-        return logp_CV.gather(-1, target_C[:, None])[:, 0], entropy_C
+        logits_CV = head(hidden_C).float() / temperature  # [C, V]
+        total_C = logits_CV.logsumexp(-1)  # [C]
+        logp_C = logits_CV.gather(-1, target_C[:, None])[:, 0] - total_C  # [C]
+        if entropy == "none":
+            return logp_C, torch.zeros_like(total_C)
+        with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
+            return logp_C, total_C - (logits_CV.softmax(-1) * logits_CV).sum(-1)
 
     parts = []
     for hidden_C, target_C in zip(hidden_T.split(LOGIT_CHUNK), target_T.split(LOGIT_CHUNK), strict=True):
@@ -382,17 +403,16 @@ def save_model(actor: Actor, folder: Path, extra: dict[str, Any] | None = None, 
 
 
 def point_latest(folder: Path, keep: int) -> None:
-    """Make `latest` beside `folder` point to it, atomically, then delete all but the newest `keep` checkpoints."""
+    """Make `latest` beside `folder` point to it, atomically, then delete all but the newest `keep` checkpoints.
+
+    A number higher than `folder`'s is left over from an earlier run of that name, and goes first.
+    """
     link = folder.with_name("latest")
     fresh = folder.with_name("latest.new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(folder.name)
     os.replace(fresh, link)
-    numbered = sorted(path for path in folder.parent.iterdir() if path.name.isdigit())
-    for old in numbered[: -max(1, keep)]:
+    others = [path for path in folder.parent.iterdir() if path.name.isdigit() and path.name != folder.name]
+    newest_first = sorted(others, key=lambda path: (path.name < folder.name, path.name), reverse=True)
+    for old in newest_first[max(0, keep - 1) :]:
         shutil.rmtree(old)
-
-
-def max_positions(path: str) -> int:
-    """Longest sequence the model at `path` was made for."""
-    return AutoConfig.from_pretrained(path).max_position_embeddings

@@ -99,9 +99,10 @@ ADVICE LIST:
 {advice}"""
 
 TAGS = ("think", "action", "answer", "advise", "rule")
-_TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>", re.IGNORECASE)
+_TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>", re.IGNORECASE | re.ASCII)  # ASCII: a dotless i is no i
 _VERDICT = re.compile(r"\s*(?:\\?boxed\s*\{\s*([01])\s*\}|([01]))\s*\.?\s*")
 _IDEOGRAPH = re.compile("[\u4e00-\u9fff]")
+ACTION_CHARS = 200  # of an action shown in a prompt; real ones are far shorter
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,11 @@ def build_prompt(
     opening, closing = ACTOR[env]
     parts = [opening.format(task=task)]
     if suggestions:
-        parts.append(GUIDELINES.format(suggestions="\n".join(f"- {inert(rule)}" for rule in suggestions)))
+        parts.append(GUIDELINES.format(suggestions="\n".join(f"- {plain(rule)}" for rule in suggestions)))
     if history:
         first = step - len(history) + 1
         lines = [
-            f"[Observation {number}: '{seen}', Action {number}: '{inert(action)}']"
+            f"[Observation {number}: '{seen}', Action {number}: '{plain(action, ACTION_CHARS)}']"
             for number, (seen, action) in enumerate(history, first)
         ]
         parts.append(
@@ -179,14 +180,14 @@ def fit_prompt(encode: Callable[[str], list[int]], max_tokens: int, history: Seq
 
 
 def build_critic_prompt(env: str, problem: str, response: str) -> str:
-    """The question "was this a good action?" about one step: its whole prompt and the reply it got. Source: paper, A.4."""
+    """The question "was this a good action?" about one step: its whole prompt, the reply it got. Source: paper, A.4."""
     environment, examples = CRITIC_SETTING[env]
     return CRITIC.format(environment=environment, examples=examples, problem=problem, response=inert(response))
 
 
 def build_rule_prompt(theme: str, advice: Sequence[str]) -> str:
     """The request to distil advice on one theme into a golden rule. Source: paper, A.4."""
-    return GOLDEN_RULE.format(theme=theme, advice="\n".join(f"- {inert(sentence)}" for sentence in advice))
+    return GOLDEN_RULE.format(theme=theme, advice="\n".join(f"- {plain(sentence)}" for sentence in advice))
 
 
 def parse_reply(text: str, style: str = "think", env: str = "alfworld") -> Reply:
@@ -198,28 +199,28 @@ def parse_reply(text: str, style: str = "think", env: str = "alfworld") -> Reply
     """
     if style != "think":
         raise ValueError(f"unknown prompt style {style!r}")
-    tags, blocks = _scan(text)
-    own = [tag for tag in tags if tag in ("think", "/think", "action", "/action")]
+    tags, blocks = _scan(text, ("think", "action"))
     action = " ".join(blocks.get("action", [""])[0].split())
     action = action.lower() if env == "alfworld" else action
-    valid = own == ["think", "/think", "action", "/action"] and bool(action) and not _IDEOGRAPH.search(text)
+    valid = tags == ["think", "/think", "action", "/action"] and bool(action) and not _IDEOGRAPH.search(text)
     return Reply(action=action, valid=valid, tag="think", thought=blocks.get("think", [""])[0].strip())
 
 
 def parse_critique(text: str) -> Critique:
     """Read a critic's answer: a verdict counts only if there is exactly one answer block and it says 0 or 1."""
-    _, blocks = _scan(text)
-    answers = blocks.get("answer", [])
-    match = _VERDICT.fullmatch(answers[0]) if len(answers) == 1 and len(answers[0]) < 100 else None
+    tags, blocks = _scan(text, TAGS)
+    answer = blocks.get("answer", [""])[0]
+    sole = tags.count("answer") == tags.count("/answer") == 1
+    match = _VERDICT.fullmatch(answer) if sole and len(answer) < 100 else None
     score = int(match[1] or match[2]) if match else None
-    action = plain(blocks.get("action", [""])[0], 200) or None
+    action = plain(blocks.get("action", [""])[0], ACTION_CHARS) or None
     advice = plain(blocks.get("advise", [""])[-1], 300) or None
     return Critique(score=score, action=action, advice=advice)
 
 
 def parse_rule(text: str, max_chars: int) -> str:
     """The golden rule in an answer to build_rule_prompt: its <rule> block, or failing that all of it; plain, capped."""
-    _, blocks = _scan(text)
+    _, blocks = _scan(text, TAGS)
     return plain(blocks.get("rule", [text])[-1], max_chars)
 
 
@@ -228,17 +229,22 @@ def inert(text: str) -> str:
     return text.replace("<|", "< |")
 
 
-def plain(text: str, max_chars: int) -> str:
-    """Untrusted text made fit for a prompt: one line, without the tags that our parsers know, at most `max_chars`."""
-    return " ".join(_TAG.sub(" ", text).split())[:max_chars].strip()
+def plain(text: str, max_chars: int | None = None) -> str:
+    """Untrusted text made fit for a line of a prompt: inert, without the tags our parsers know, at most `max_chars`.
+
+    A tag leaves a space behind, so that what stood around it cannot join into another.
+    """
+    return inert(" ".join(_TAG.sub(" ", text).split()))[:max_chars].strip()
 
 
-def _scan(text: str) -> tuple[list[str], dict[str, list[str]]]:
-    """The tags in order ("think", "/think", ...) and each tag's closed blocks. One pass."""
+def _scan(text: str, names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The tags of these names in order ("think", "/think", ...) and each one's closed blocks. One pass."""
     tags, blocks = [], {}
     opened: tuple[str, int] | None = None  # a block ends at the first tag after its opening that closes it
     for match in _TAG.finditer(text):
         slash, name = match[1], match[2].lower()
+        if name not in names:
+            continue
         tags.append(slash + name)
         if not slash:
             opened = (name, match.end())
@@ -251,7 +257,8 @@ def _scan(text: str) -> tuple[list[str], dict[str, list[str]]]:
 def boilerplate() -> list[str]:
     """The fixed passages of all templates, longest first: a tiny tokenizer makes each of them one token."""
     critic = CRITIC.replace("{{", "\0").replace("}}", "\1")
-    templates = [GUIDELINES, HISTORY, FIRST_STEP, critic, GOLDEN_RULE, *(part for pair in ACTOR.values() for part in pair)]
+    actor = [part for pair in ACTOR.values() for part in pair]
+    templates = [GUIDELINES, HISTORY, FIRST_STEP, critic, GOLDEN_RULE, *actor]
     pieces = {piece.replace("\0", "{").replace("\1", "}") for text in templates for piece in re.split(r"\{\w+\}", text)}
     pieces |= {text for pair in CRITIC_SETTING.values() for text in pair}
     return sorted((piece for piece in pieces if len(piece) > 12), key=len, reverse=True)

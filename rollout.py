@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import logging
 import os
 import warnings
 from collections import Counter, deque
@@ -138,6 +139,7 @@ class VllmEngine(Engine):
         for name, value in settings.items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", category=FutureWarning)
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available"
         if on_cpu:  # nothing is compiled on this path, and dynamo's first call would cost 4 to 15 seconds
             import torch._dynamo.config as dynamo
 
@@ -241,6 +243,7 @@ class TransformersEngine(Engine):
             temperature=None,
             top_p=None,
             top_k=None,
+            repetition_penalty=1.0,  # some models' generation_config.json has another, which would falsify log-probs
             max_new_tokens=max(sampling.max_tokens for _, _, sampling in taken),
             eos_token_id=end,
             pad_token_id=pad,
@@ -250,7 +253,7 @@ class TransformersEngine(Engine):
         for index, (key, _, sampling) in enumerate(taken):
             ids = output[index].tolist()[: sampling.max_tokens]
             ids = ids[: ids.index(end) + 1] if end in ids else ids
-            logprobs = [float(sampler.logprobs[at][index, token]) for at, token in enumerate(ids)]
+            logprobs = [float(sampler.logprobs[at][index]) for at in range(len(ids))]
             finished.append((key, Sample(ids, logprobs)))
         return finished
 
@@ -264,14 +267,15 @@ class _SeededSampler:
     def __init__(self, samplings: Sequence[Sampling]) -> None:
         self.temperature = torch.tensor([[sampling.temperature] for sampling in samplings])
         self.generators = [torch.Generator().manual_seed(sampling.seed) for sampling in samplings]
-        self.logprobs: list[torch.Tensor] = []
+        self.logprobs: list[torch.Tensor] = []  # of the chosen tokens, [B] each
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logp = torch.log_softmax(scores.float().cpu() / self.temperature.clamp(min=1e-6), dim=-1)  # [B, V]
-        self.logprobs.append(logp)
         uniform = torch.stack([torch.rand(logp.shape[1], generator=generator) for generator in self.generators])
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-        return torch.where(self.temperature > 0, logp + gumbel, logp).to(scores.device)
+        noisy = torch.where(self.temperature > 0, logp + gumbel, logp)  # [B, V] generate() takes its arg-max
+        self.logprobs.append(logp.gather(1, noisy.argmax(1, keepdim=True))[:, 0])
+        return noisy.to(scores.device)
 
 
 def make_engine(config: Config, actor: Actor, folder: str) -> Engine:

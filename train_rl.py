@@ -268,7 +268,9 @@ def update(
         own = [row for row in batch[rank] if _matters(row, config)]
         for group in micro_batches(own, train.tokens_per_micro_batch, packed):
             part = [own[index] for index in group]
-            logp_T, entropy_T = token_logprobs(actor.model, part, packed, config.rollout.temperature)  # [T], [T]
+            logp_T, entropy_T = token_logprobs(
+                actor.model, part, packed, config.rollout.temperature, entropy="gradient" if config.algo.entropy else "value"
+            )  # [T], [T]
             loss, parts = micro_batch_loss(logp_T, entropy_T, part, known, tokens, counts, config)
             loss.backward()
             for key, value in parts.items():
@@ -334,19 +336,21 @@ def micro_batch_loss(
         if algo.kl:
             kl_T = losses.kl(one[0], ref_T[mask_T], algo.kl_estimator)  # [T]
             loss_T, seen = loss_T + algo.kl * kl_T, seen | {"kl": kl_T.detach().mean()}
+        if algo.entropy:
+            loss_T = loss_T - algo.entropy * entropy_T[mask_T]  # [T]
         length = config.judge.max_response_tokens if judged else config.rollout.max_response_tokens
         share = losses.aggregate(loss_T, one[3], algo.aggregate, tokens[judged], counts[judged], length)
         loss = loss + weight * share
         parts[name] = float(share.detach())
         for key, value in seen.items():
             parts[key] = parts.get(key, 0.0) + float(value) * int(mask_T.sum())
-    parts |= {"entropy": float(entropy_T.sum()), "seen": len(logp_T)}
+    parts |= {"entropy": float(entropy_T.detach().sum()), "seen": len(logp_T)}
     return loss, parts
 
 
 def _matters(row: Row, config: Config) -> bool:
     """Whether a row's loss can have a gradient; the others are counted in every denominator and not computed."""
-    return row.advantage != 0 or config.algo.kl > 0
+    return row.advantage != 0 or config.algo.kl > 0 or config.algo.entropy != 0
 
 
 def lr_factor(config: Config, iteration: int) -> float:

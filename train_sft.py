@@ -4,15 +4,16 @@
     python train_sft.py configs/base.yaml                      # `make base`: the tiny base model, from scratch
 
 Variants (sft.variant): `vanilla`, expert episodes with thoughts from an offline template; `generative`, plus judged
-steps in the critic's format (paper, Table 3 and Appendix B); `reading`, episodes of random behaviour, which teach a tiny
-model to read and to copy, and no strategy.  Rows are chat-format JSONL (`messages`), cached under data/sft by what made
-them.  Prompts come from the builder that rollouts and evaluation use.  Departure from published code: prompts show the
-admissible actions as in RL, and rows come from the level's training games alone, so held-out task types never enter.
+steps in the critic's format (paper, Table 3 and Appendix B); `reading`, episodes of random behaviour, which teach a
+tiny model to read and to copy, and no strategy.  Rows are chat-format JSONL (`messages`), cached under data/sft by what
+made them.  Prompts come from the builder that rollouts and evaluation use.  Departure from published code: prompts show
+the admissible actions as in RL, and rows come from the level's training games alone, so held-out types never enter.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -28,9 +29,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
 import config as configuration
 import envs
+import games
 import prompts
 from config import Config, ConfigError
 from judge import ExpertTeacher
@@ -48,7 +51,7 @@ from model import (
     token_logprobs,
 )
 
-DATA_VERSION = 1  # raise it when the code below makes other rows from the same config
+DATA_VERSION = 2  # raise it when the code below makes other rows from the same config
 
 TASK_FORMS = (  # ALFWorld's task sentences -> what is needed, in which state, and where it must go
     r"(?:look at|examine the) (?P<object>\w+) (?:under|with) the (?P<place>\w+)",
@@ -141,13 +144,14 @@ def make_rows(config: Config) -> Iterator[dict]:
     """The chat rows of `config.sft`: the same, in the same order, for the same config."""
     tasks = envs.tasks(config.env, config.env.level, "train")
     if config.env.level == "L2":
-        assert not {task.type for task in tasks} & set(config.env.held_out_types), "held-out task types in the cold start"
+        assert not {task.type for task in tasks} & set(config.env.held_out_types), "held-out types in the cold start"
     rng = random.Random(f"cold start {config.seed}")
     rng.shuffle(tasks)
     play = _random_episode if config.sft.variant == "reading" else _expert_episode
-    queue, lost = deque(tasks), 0
+    queue = deque(tasks)
     critics: dict[int, list[dict]] = {0: [], 1: []}
     for _ in range(config.sft.episodes):
+        lost = 0
         while not (episode := play(config, queue[0], rng)):
             lost += 1
             queue.rotate(-1)
@@ -164,8 +168,10 @@ def make_rows(config: Config) -> Iterator[dict]:
     for verdict, rows in critics.items():
         needed = config.sft.critic_examples // 2
         if config.sft.variant != "vanilla" and len(rows) < needed:
-            raise ConfigError(f"sft.critic_examples={config.sft.critic_examples} needs {needed} examples of verdict "
-                              f"{verdict}, {config.sft.episodes} episodes gave {len(rows)}; raise sft.episodes")  # fmt: skip
+            raise ConfigError(
+                f"sft.critic_examples={config.sft.critic_examples} needs {needed} rows of verdict {verdict}, "
+                f"{config.sft.episodes} episodes gave {len(rows)}; raise sft.episodes"
+            )
         yield from rows[:needed]
 
 
@@ -219,7 +225,8 @@ def _situation(config: Config, seen: envs.Observation, turns: Sequence[Turn]) ->
 def _critic_row(config: Config, task: envs.Task, episode: Sequence[Turn], rng: random.Random) -> tuple[dict, int]:
     """A judged step of the episode, as chat row and verdict: the action played, or a random one in its place.
 
-    The verdict is the offline teacher's; in a `reading` set it is a coin's, since no strategy may be in there.
+    The verdict is the offline teacher's and the better action the oracle's, both of whom see the full state; in a
+    `reading` set they are random, since no strategy may be in there.
     """
     chosen = rng.randrange(len(episode))
     at, action = episode[chosen].at, episode[chosen].action
@@ -231,7 +238,8 @@ def _critic_row(config: Config, task: envs.Task, episode: Sequence[Turn], rng: r
         teacher = ExpertTeacher(config.env, task)
         for turn in episode[:chosen]:
             teacher.judge(turn.action)
-        verdict, better = teacher.judge(action), episode[chosen].action
+        better = (games.solve(teacher.play) or [episode[chosen].action])[0]
+        verdict = teacher.judge(action)
     question = prompts.build_critic_prompt(config.env.name, _prompt(config, at), reply(at, action))
     return _chat(question, critique(at, action, verdict, better)), verdict
 
@@ -254,6 +262,7 @@ def rows_file(config: Config) -> Path:
         "version": DATA_VERSION,
         "seed": config.seed,
         "env": dataclasses.asdict(config.env) | {"data": str(envs.data_folder(config.env).resolve())},
+        "games": [task.id for task in envs.tasks(config.env, config.env.level, "train")],
         **{key: getattr(config.sft, key) for key in ("variant", "episodes", "critic_examples", "noise", "guided")},
     }
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
@@ -268,17 +277,18 @@ def rows_file(config: Config) -> Path:
     return path
 
 
-def read_rows(path: Path, rank: int, world: int) -> list[dict]:
-    """Every `world`-th chat row of a JSONL file, from `rank`. Raises ConfigError on a malformed line."""
+def read_rows(path: Path) -> list[dict]:
+    """The chat rows of a JSONL file, as {"prompt", "response"}. Raises ConfigError on a malformed line."""
     rows = []
     with path.open() as file:
-        for number, line in enumerate(file):
-            if number % world == rank:
-                try:
-                    user, assistant = json.loads(line)["messages"][-2:]
-                    rows.append({"prompt": user["content"], "response": assistant["content"]})
-                except (ValueError, KeyError, TypeError):
-                    raise ConfigError(f"{path}, line {number + 1}: not a chat row with `messages`") from None
+        for number, line in enumerate(file, 1):
+            try:
+                user, assistant = json.loads(line)["messages"][-2:]
+                rows.append({"prompt": user["content"], "response": assistant["content"]})
+                if not all(isinstance(text, str) for text in rows[-1].values()):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"{path}, line {number}: not a chat row with `messages`") from None
     return rows
 
 
@@ -286,102 +296,99 @@ def read_rows(path: Path, rank: int, world: int) -> list[dict]:
 # Training
 
 
-def tokenise(actor: Actor, rows: Sequence[dict], whole: bool) -> list[Row]:
-    """Training rows; with `whole`, the prompt's tokens are targets too (all but the first)."""
-    made = []
-    for row in rows:
-        prompt, response = actor.encode(row["prompt"]), actor.encode_reply(row["response"])
-        cut = 1 if whole else len(prompt)
-        ids = np.array(prompt + response, dtype=np.int32)
-        made.append(Row(ids[:cut], ids[cut:], logprobs=np.arange(1, len(ids)) >= len(prompt) if whole else None))
-    return made
+def tokenise(actor: Actor, row: dict, prompt_loss: float) -> tuple[Row, np.ndarray]:
+    """A training row and the loss weight of each of its targets: 1 on the reply and, where `prompt_loss` is not 0, that
+    on the prompt, whose tokens (all but the first) then are targets too."""
+    prompt, response = actor.encode(row["prompt"]), actor.encode_reply(row["response"])
+    ids = np.array(prompt + response, dtype=np.int32)
+    first = 1 if prompt_loss else len(prompt)
+    weight = np.where(np.arange(first, len(ids)) < len(prompt), prompt_loss, 1.0)
+    return Row(ids[:first], ids[first:]), weight
 
 
-def updates(rows: Sequence[Row], per_update: int, rng: random.Random) -> list[list[Row]]:
-    """One epoch of mini-batches in random order, each of rows of similar length, so that little is padding."""
-    order = list(range(len(rows)))
-    rng.shuffle(order)
+def updates(rows: Sequence[dict], per_update: int, rng: random.Random) -> list[list[int]]:
+    """One epoch: the rows' indices in mini-batches in random order, each of rows of similar length, to pad little."""
+    order = rng.sample(range(len(rows)), len(rows))
     window = 50 * per_update
-    order = [i for at in range(0, len(order), window) for i in sorted(order[at : at + window], key=lambda i: rows[i].tokens)]
-    batches = [[rows[i] for i in order[at : at + per_update]] for at in range(0, len(order), per_update)]
+    order = [
+        index
+        for start in range(0, len(order), window)
+        for index in sorted(order[start : start + window], key=lambda i: len(rows[i]["prompt"] + rows[i]["response"]))
+    ]
+    batches = [order[start : start + per_update] for start in range(0, len(order), per_update)]
     rng.shuffle(batches)
     return batches
 
 
 def main() -> None:
-    command = configuration.parser(__doc__)
-    arguments = command.parse_args()
+    arguments = configuration.parser(__doc__).parse_args()
     config = configuration.load(arguments.config, arguments.set)
     rank, world = join_ranks(config)
     if config.sft.rows_per_update % world:
         raise ConfigError(f"sft.rows_per_update={config.sft.rows_per_update} does not divide over {world} ranks")
-    path = rows_file(config) if rank == 0 else None
+    if rank == 0:
+        rows_file(config)
     dist.barrier()
-    path = path or rows_file(config)
-
-    texts = read_rows(path, rank, world)
-    corpus = [row["prompt"] + row["response"] for row in read_rows(path, 0, max(1, 10 * world))[:20000]]
-    actor = load_actor(config, corpus if config.model.path == "tiny" else ())
-    sft, packed = config.sft, packs(actor)
-    rows = tokenise(actor, texts, sft.prompt_loss > 0)
-    count = torch.tensor(len(rows))
-    dist.all_reduce(count, dist.ReduceOp.MIN)  # ranks differ by at most one row; the longer ones leave theirs out
-    rows = rows[: int(count)]
-
-    optimizer = make_optimizer(actor.model, sft.lr, sft.weight_decay, (0.9, 0.95))
-    per_rank = sft.rows_per_update // world
-    total = math.ceil(len(rows) / per_rank) * sft.epochs
-    warmup = max(1, round(sft.warmup_ratio * total))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (
-        (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-    ))  # fmt: skip
-
-    config_path, metrics_path = config.run_dir / "config.yaml", config.run_dir / "metrics.jsonl"
+    rows = read_rows(rows_file(config))
+    corpus = [row["prompt"] + row["response"] for row in rows[:: len(rows) // 5000 + 1]]
+    actor = load_actor(config, corpus)
+    train(actor, rows, config)
     if rank == 0:
-        configuration.save(config, config_path)
-        metrics_path.write_text("")
-    rng = random.Random(f"{config.seed} {rank}")
-    progress = tqdm(total=total, desc=f"SFT {config.name}", unit=" updates", disable=rank != 0, mininterval=2)
-    started, done = time.monotonic(), 0
-    actor.model.train()
-    for epoch in range(sft.epochs):
-        for batch in updates(rows, per_rank, rng):
-            weights = [np.where(row.logprobs, 1.0, sft.prompt_loss) if row.logprobs is not None else
-                       np.ones(len(row.response_ids)) for row in batch]  # fmt: skip
-            replies = sum(len(row.response_ids) if row.logprobs is None else int(row.logprobs.sum()) for row in batch)
-            totals = torch.tensor([sum(w.sum() for w in weights), replies, 0.0], dtype=torch.float64)
-            dist.all_reduce(totals[:2])
-            for group in micro_batches(batch, sft.tokens_per_micro_batch, packed):
-                logp_T, _ = token_logprobs(actor.model, [batch[i] for i in group], packed)  # [T]
-                weight_T = torch.from_numpy(np.concatenate([weights[i] for i in group])).to(logp_T)  # [T]
-                loss = -(logp_T * weight_T).sum() / totals[0].to(logp_T)
-                loss.backward()
-                totals[2] -= float((logp_T.detach() * (weight_T == 1)).sum())
-            sum_gradients(actor.model)
-            norm = torch.nn.utils.clip_grad_norm_(actor.model.parameters(), sft.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            done += 1
-            progress.update()
-            if done % 50 == 0 or done == total:
-                dist.all_reduce(totals[2:])
-                record = {"update": done, "epoch": epoch, "train/nll_per_token": float(totals[2] / totals[1]),
-                          "train/grad_norm": float(norm), "train/lr": schedule.get_last_lr()[0],
-                          "time/total": time.monotonic() - started}  # fmt: skip
-                progress.set_postfix(nll=f"{record['train/nll_per_token']:.3f}")
-                if rank == 0:
-                    with metrics_path.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
-    progress.close()
-    actor.model.eval()
-    if rank == 0:
-        folder = config.run_dir / "checkpoints" / f"{total:06d}"
+        folder = config.run_dir / "checkpoints" / "final"
         save_model(actor, folder)
-        point_latest(folder, 1)
-        print(f"{len(rows) * world} rows, {sft.epochs} epochs: {folder.with_name('latest')}", flush=True)
+        point_latest(folder, keep=1)
+        print(f"{len(rows)} rows, {config.sft.epochs} epochs: {folder.with_name('latest')}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def train(actor: Actor, rows: Sequence[dict], config: Config) -> None:
+    """sft.epochs passes over the rows; every mini-batch is the same for every world size. Writes metrics.jsonl."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sft, packed = config.sft, packs(actor)
+    optimizer = make_optimizer(actor.model, sft.lr, sft.weight_decay, (0.9, 0.95))
+    number = math.ceil(len(rows) / sft.rows_per_update) * sft.epochs
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(sft.warmup_ratio * number), number)
+    if rank == 0:
+        configuration.save(config, config.run_dir / "config.yaml")
+        (config.run_dir / "metrics.jsonl").write_text("")
+    rng = random.Random(f"epochs {config.seed}")
+    batches = [(epoch, batch) for epoch in range(sft.epochs) for batch in updates(rows, sft.rows_per_update, rng)]
+    ready = functools.lru_cache(maxsize=None)(lambda index: tokenise(actor, rows[index], sft.prompt_loss))
+    progress = tqdm(batches, desc=f"SFT {config.name}", unit=" updates", disable=rank != 0, mininterval=2)
+    started = time.monotonic()
+    actor.model.train()
+    for done, (epoch, batch) in enumerate(progress, 1):
+        own = [ready(index) for index in batch[rank::world]]
+        weight = sum(float(weight.sum()) for _, weight in own)
+        replies = sum(int((weight == 1).sum()) for _, weight in own)
+        totals = torch.tensor([weight, replies, 0.0], dtype=torch.float64)  # over all ranks: weight, reply tokens, nll
+        dist.all_reduce(totals[:2])
+        for group in micro_batches([row for row, _ in own], sft.tokens_per_micro_batch, packed):
+            logp_T, _ = token_logprobs(actor.model, [own[index][0] for index in group], packed)  # [T]
+            weight_T = torch.from_numpy(np.concatenate([own[index][1] for index in group])).to(logp_T)  # [T]
+            (-(logp_T * weight_T).sum() / float(totals[0])).backward()
+            totals[2] -= float(logp_T.detach()[weight_T == 1].sum())
+        sum_gradients(actor.model)
+        norm = torch.nn.utils.clip_grad_norm_(actor.model.parameters(), sft.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if done % 50 == 0 or done == len(batches):
+            dist.all_reduce(totals[2:])
+            record = {
+                "update": done,
+                "epoch": epoch,
+                "train/nll_per_token": float(totals[2] / totals[1]),
+                "train/grad_norm": float(norm),
+                "train/lr": schedule.get_last_lr()[0],
+                "time/total": time.monotonic() - started,
+            }
+            progress.set_postfix(nll=f"{record['train/nll_per_token']:.3f}")
+            if rank == 0:
+                with (config.run_dir / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+    actor.model.eval()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+# make quickstart   venv, games, cold start, RL with GCD, evaluation: from nothing to a table, on a laptop
+# make test         venv, the whole test suite
+# make base         trains the tiny base model under assets/ anew
+# make clean        forgets the games and runs that quickstart made
+#
+# DEVICE=cpu|cuda overrides what nvidia-smi says; RANKS is the number of processes, each with an engine of its own.
+
+PYTHON ?= python3
+DEVICE ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)
+CORES := $(shell nproc 2> /dev/null || echo 1)
+RANKS ?= $(if $(filter cpu,$(DEVICE)),$(if $(filter 1,$(CORES)),1,2),1)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+READY := .venv/ready-$(DEVICE)
+RUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(RANKS)
+SET := --set device=$(DEVICE)
+GAMES := data/quickstart_games/made_games.json
+BASE := runs/quickstart_base/eval.json
+COLD := runs/quickstart_sft/checkpoints/latest
+TRAINED := runs/quickstart/checkpoints/latest
+
+.PHONY: quickstart test base clean venv
+.DELETE_ON_ERROR:
+
+quickstart: $(BASE) runs/quickstart_sft/eval.json runs/quickstart/eval.json
+	@echo
+	@$(BIN)/python evaluate.py --table runs/quickstart_base runs/quickstart_sft runs/quickstart
+	@echo
+	@echo "success in percent [95 % interval]: the base model, after the cold start, after RL with GCD"
+	@echo "files of the run: runs/quickstart (metrics.jsonl, tensorboard/, episodes/, checkpoints/, eval.json)"
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+venv: $(READY)
+
+# The CPU build of vLLM is installed without its dependencies, see requirements-cpu.txt. torch comes first and alone, so
+# that nothing later brings CUDA packages; where TORCH_INDEX cannot be reached, PyPI's torch is used.
+$(READY): requirements.txt requirements-cpu.txt requirements-cpu-nodeps.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; use make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "error: no venv module; on Debian it is in the package python3-venv"; exit 1; }
+ifeq ($(DEVICE),cpu)
+	$(BIN)/pip install -q --extra-index-url $(TORCH_INDEX) $$(grep '^torch==' requirements-cpu.txt)
+	$(BIN)/pip install -q -r requirements-cpu.txt
+	$(BIN)/pip install -q --no-deps -r requirements-cpu-nodeps.txt
+else
+	$(BIN)/pip install -q -r requirements.txt
+endif
+	@touch $@
+
+$(GAMES): | $(READY)
+	$(BIN)/python make_games.py --out data/quickstart_games --train 1500 --seen 300 --unseen 300 --seed 0 \
+		--receptacles 6 --objects 12
+
+$(BASE): $(GAMES)
+	$(RUN) evaluate.py --ckpt assets/base --config configs/quickstart.yaml --out $(@D) --levels L0 $(SET)
+
+$(COLD): $(GAMES)
+	$(RUN) train_sft.py configs/quickstart_sft.yaml $(SET)
+
+runs/quickstart_sft/eval.json: | $(COLD)
+	$(RUN) evaluate.py --ckpt $(COLD) --config configs/quickstart.yaml --out $(@D) $(SET)
+
+# train_rl.py resumes an interrupted run by itself
+runs/quickstart/eval.json: | $(COLD)
+	$(RUN) train_rl.py configs/quickstart.yaml $(SET)
+	$(RUN) evaluate.py --ckpt $(TRAINED) $(SET)
+
+base: $(READY)
+	$(BIN)/python make_games.py --out data/base_games --train 6000 --seen 0 --unseen 0 --seed 1001 \
+		--receptacles 6 --objects 12
+	$(RUN) train_sft.py configs/base.yaml $(SET)
+	mkdir -p assets/base && cp -L runs/base/checkpoints/latest/* assets/base/
+
+clean:
+	rm -rf runs/quickstart runs/quickstart_base runs/quickstart_sft data/quickstart_games data/sft

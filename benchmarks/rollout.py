@@ -1,0 +1,217 @@
+"""Rollout throughput: the continuous collector against two lock-step loops, as ratios from one run on one machine.
+
+    python benchmarks/rollout.py --ckpt assets/base
+
+(a) rollout.collect with the vLLM engine against the loop of a simple published script: all live episodes generate as
+one left-padded batch of transformers' generate(), then all environments step.  (b) The same collector against lock-step
+on the same vLLM engine, with environments that take a random time per step (exponential, mean --delay): lock-step runs
+them in parallel threads and waits for the slowest, the collector goes on with those that have answered.
+
+Both sides of a pair play the same games at the same temperature and with as many episodes in flight, in (b) also with
+the same sampling seeds and delays.  Each run starts with an empty prefix cache.  A ratio is the collector's rate over
+lock-step's: the median of --repeats interleaved runs, [min, max].  Tokens are those sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder, whose rollout.py is this file
+
+import config as configuration  # before torch, because it sets the number of threads
+
+# isort: split
+import torch
+from tqdm import tqdm
+
+import envs
+import prompts
+from config import Config
+from envs import Observation, Task
+from model import Actor, join_ranks, load_actor
+from rollout import Engine, Episode, Sample, Sampling, _Play, _step, collect, make_engine, stable_seed, sync
+
+Generate = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[Sample]]
+RUNS = {  # name -> (environments are slow, compared with)
+    "transformers, lock-step": (False, ""),
+    "continuous": (False, "transformers, lock-step"),
+    "vLLM, lock-step, slow environments": (True, ""),
+    "continuous, slow environments": (True, "vLLM, lock-step, slow environments"),
+}
+
+
+class SlowEnv:
+    """An environment whose every step takes a random time, as one behind a network or in a sandbox does."""
+
+    threaded = True
+
+    def __init__(self, env: Any, delay: float, seed: int) -> None:
+        self.env, self.delay = env, delay
+        self.random = random.Random(seed)
+
+    def reset(self, task: Task) -> Observation:
+        return self.env.reset(task)
+
+    def step(self, action: str) -> Observation:
+        time.sleep(self.random.expovariate(1 / self.delay))
+        return self.env.step(action)
+
+    def restart(self) -> None:
+        self.env.restart()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    seconds: float
+    episodes: int
+    steps: int
+    tokens: int
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Episodes and response tokens per second."""
+        return self.episodes / self.seconds, self.tokens / self.seconds
+
+
+def padded_generate(actor: Actor, prompt_ids: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Sample]:
+    """One left-padded batch through transformers' generate(). It is spared the log-probs that vLLM returns."""
+    batch = actor.tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(actor.device)
+    end = actor.tokenizer.eos_token_id
+    output = actor.model.generate(
+        **batch, do_sample=True, temperature=sampling[0].temperature, top_p=1.0, top_k=0,
+        max_new_tokens=sampling[0].max_tokens, eos_token_id=end, pad_token_id=actor.tokenizer.pad_token_id,
+    )  # fmt: skip
+    rows = output[:, batch["input_ids"].shape[1] :].tolist()
+    rows = [ids[: ids.index(end) + 1] if end in ids else ids for ids in rows]
+    return [Sample(ids, [0.0] * len(ids)) for ids in rows]
+
+
+def collect_in_lock_step(
+    generate: Generate, actor: Actor, pool: Sequence[Any], games: Sequence[Task], config: Config, iteration: int,
+    on_episode: Callable[[Episode], None],
+) -> list[Episode]:  # fmt: skip
+    """What rollout.collect does, in batches of len(pool) episodes: all generate, then all act, until all are done."""
+    members = range(config.rollout.group_size)
+    waiting = [Episode(task, group, member) for group, task in enumerate(games) for member in members]
+    with ThreadPoolExecutor(len(pool)) as threads:
+        in_order = threads.map if pool[0].threaded else map
+        for start in range(0, len(waiting), len(pool)):
+            live = [_Play(episode, env) for episode, env in zip(waiting[start:], pool, strict=False)]
+            for play, seen in zip(live, in_order(lambda play: play.env.reset(play.episode.task), live), strict=True):
+                play.observation = seen
+            while live:
+                _reply(generate, actor, live, config, iteration)
+                after = list(in_order(lambda play: play.env.step(play.reply.action), live))
+                for play, seen in zip(live, after, strict=True):
+                    play.episode.steps.append(_step(play, seen, config))
+                    play.observation = seen
+                    if seen.done or len(play.episode.steps) >= config.env.max_steps:
+                        on_episode(play.episode)
+                live = [p for p in live if not p.observation.done and len(p.episode.steps) < config.env.max_steps]
+    return waiting
+
+
+def _reply(generate: Generate, actor: Actor, live: Sequence[_Play], config: Config, iteration: int) -> None:
+    """The model's next reply in every live episode, by one call of `generate`."""
+    sampling = []
+    for play in live:
+        steps, seen = play.episode.steps, play.observation
+        recent = steps[-config.env.history :] if config.env.history else []
+        play.prompt, play.prompt_ids = prompts.fit_prompt(
+            actor.encode,
+            config.rollout.max_prompt_tokens,
+            env=config.env.name,
+            task=seen.task,
+            observation=seen.text,
+            actions=seen.actions,
+            history=[(step.observation, step.action) for step in recent],
+            step=len(steps),
+        )
+        seed = stable_seed(config.seed, iteration, play.episode.group, play.episode.member, len(steps))
+        sampling.append(Sampling(config.rollout.temperature, config.rollout.max_response_tokens, seed))
+    for play, sample in zip(live, generate([play.prompt_ids for play in live], sampling), strict=True):
+        play.sample, play.response = sample, actor.decode(sample.ids)
+        play.reply = prompts.parse_reply(play.response, config.prompt_style, config.env.name)
+
+
+def measure(name: str, engine: Engine, games: Sequence[Task], config: Config, delay: float, repeat: int) -> Measurement:
+    """Play all episodes once, in the way that `name` says."""
+    slow, opponent = RUNS[name]
+    total = len(games) * config.rollout.group_size
+    pool = [envs.make_env(config.env) for _ in range(min(config.rollout.concurrency, total))]
+    if slow:
+        pool = [SlowEnv(env, delay, stable_seed(config.seed, repeat, index)) for index, env in enumerate(pool)]
+    sync(engine, engine.actor)  # as before every iteration of training; it also empties the prefix cache
+    torch.manual_seed(stable_seed(config.seed, repeat))
+    with tqdm(total=total, desc=name, unit=" episodes", leave=False) as bar:
+        started = time.perf_counter()
+        if opponent:
+            episodes = collect(engine, pool, games, config, iteration=repeat, on_episode=lambda _: bar.update())
+        else:
+            generate = engine.generate if slow else lambda *batch: padded_generate(engine.actor, *batch)
+            episodes = collect_in_lock_step(generate, engine.actor, pool, games, config, repeat, lambda _: bar.update())
+        seconds = time.perf_counter() - started
+    steps = [step for episode in episodes for step in episode.steps]
+    return Measurement(seconds, len(episodes), len(steps), sum(len(step.response_ids) for step in steps))
+
+
+def table(runs: dict[str, list[Measurement]]) -> str:
+    """Medians of every way of collecting and, under each pair, the ratios."""
+    lines = [f"{'':<36}{'seconds':>9}{'episodes':>10}{'steps':>8}{'tokens':>9}{'episodes/s':>18}{'tokens/s':>18}"]
+    for name, taken in runs.items():
+        mid = Measurement(*(statistics.median(column) for column in zip(*map(dataclasses.astuple, taken), strict=True)))
+        episodes_s, tokens_s = (statistics.median(rates) for rates in zip(*(one.rates for one in taken), strict=True))
+        lines.append(f"{name:<36}{mid.seconds:>9.1f}{mid.episodes:>10.0f}{mid.steps:>8.0f}{mid.tokens:>9.0f}"
+                     f"{episodes_s:>18.2f}{tokens_s:>18.0f}")  # fmt: skip
+        if opponent := RUNS[name][1]:
+            pairs = zip(taken, runs[opponent], strict=True)
+            ratios = [[ours / theirs for ours, theirs in zip(a.rates, b.rates, strict=True)] for a, b in pairs]
+            cells = [f"{statistics.median(r):.2f} [{min(r):.2f}, {max(r):.2f}]" for r in zip(*ratios, strict=True)]
+            lines.append(f"{'  ratio':<72}{cells[0]:>18}{cells[1]:>18}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--ckpt", default="assets/base", help="model folder (default: %(default)s)")
+    command.add_argument("--config", default="configs/quickstart.yaml", help="YAML (default: %(default)s)")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
+    command.add_argument("--games", type=int, default=16, help="(default: %(default)s, as in the quickstart)")
+    command.add_argument("--group-size", type=int, default=8, help="episodes per game (default: %(default)s)")
+    command.add_argument("--delay", type=float, default=0.2, help="mean seconds per step (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
+    arguments = command.parse_args()
+    config = configuration.load(arguments.config, [f"rollout.group_size={arguments.group_size}", *arguments.set])
+    join_ranks(config)
+    found = envs.tasks(config.env, config.env.level, "train")
+    games = random.Random(config.seed).sample(found, arguments.games)
+    actor = load_actor(config, path=arguments.ckpt)
+    engine = make_engine(config, actor, arguments.ckpt)
+    brief = dataclasses.replace(config, env=dataclasses.replace(config.env, max_steps=2))
+    for name in RUNS:
+        measure(name, engine, games[:1], brief, 0.01, -1)
+    runs: dict[str, list[Measurement]] = {name: [] for name in RUNS}
+    for repeat in range(arguments.repeats):
+        for name in RUNS:
+            runs[name].append(measure(name, engine, games, config, arguments.delay, repeat))
+            tqdm.write(f"repeat {repeat}: {name}: {runs[name][-1]}", file=sys.stderr)
+    in_flight = min(config.rollout.concurrency, len(games) * config.rollout.group_size)
+    print(f"{arguments.ckpt} on {actor.device}, {in_flight} episodes in flight, {arguments.delay} s per slow step; "
+          f"medians and ratios [min, max] of {arguments.repeats} runs; load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    print(table(runs), flush=True)
+    engine.close()
+
+
+if __name__ == "__main__":
+    configuration.fail_clearly(main)

@@ -1,0 +1,189 @@
+"""evaluate.py: intervals and summaries by hand, evaluation repeatable for any number of ranks, the table."""
+
+import json
+
+import pytest
+import tiny
+
+import envs
+import evaluate
+from config import ConfigError
+from evaluate import evaluate_levels, rate, summarise, summary_line, table
+from model import load_actor
+from rollout import Episode, Step, make_engine
+
+
+@pytest.mark.parametrize(
+    "won, n, low, high",
+    [  # (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964
+        (8, 10, 0.49016, 0.94332),
+        (0, 10, 0.0, 0.27753),  # z²/n / (1 + z²/n)
+        (10, 10, 0.72247, 1.0),
+        (1, 2, 0.09453, 0.90547),
+        (368, 600, 0.57376, 0.65146),
+    ],
+)
+def test_wilson_interval(won, n, low, high):
+    found = rate([True] * won + [False] * (n - won))
+    assert found["n"] == n and found["success"] == pytest.approx(won / n)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-5)
+
+
+def step(observation: str, action: str, valid: bool = True, available: bool = True) -> Step:
+    return Step([1], [2], [0.0], "", "", observation, action, valid, available, 0.0)
+
+
+def episode(kind: str, member: int, won: bool, *steps: Step) -> Episode:
+    return Episode(envs.Task("alfworld", kind, "id", "split"), 0, member, list(steps), won, float(won))
+
+
+def test_summary_of_hand_made_episodes():
+    episodes = [
+        episode("heat", 0, True, step("a", "x"), step("b", "x")),
+        episode("heat", 1, False, step("a", "x"), step("a", "x"), step("a", "x", available=False), step("a", "y")),
+        episode("cool", 0, False, step("a", "", valid=False, available=False)),
+        episode("cool", 1, False, step("c", "y", valid=False)),
+    ]
+    found = summarise(episodes)
+    assert (found["success"], found["n"]) == (0.25, 4)
+    by_type = {kind: (one["success"], one["n"]) for kind, one in found["types"].items()}
+    assert by_type == {"cool": (0, 2), "heat": (0.5, 2)}
+    assert found["by_seed"] == [0.5, 0.0]
+    assert found["mean_steps"] == 2.0 and found["mean_steps_won"] == 2.0
+    assert found["invalid"] == 2 / 8 and found["unavailable"] == 2 / 8
+    assert found["repeats"] == 2 / 8  # the same action on the same text: episode 2's second and third
+    assert summarise(episodes[2:])["mean_steps_won"] is None
+    json.dumps(found)
+
+
+def result(success: float, n: int, kind: str) -> dict:
+    one = {"success": success, "n": n, "low": 0.1234, "high": 0.9}
+    return one | {"types": {kind: one}, "mean_steps": 7.25, "invalid": 0.5, "unavailable": 0.25, "repeats": 0.125}
+
+
+def test_table():
+    assert summary_line(result(0.6133, 600, "heat")) == "61.3 [12.3, 90.0] n=600"
+    records = {"base": {"levels": {"L0": result(0.5, 10, "heat")}},
+               "longer_name": {"levels": {"L0": result(0.75, 20, "heat"), "L2": result(1.0, 5, "cool")}}}  # fmt: skip
+    heading, base, longer = table(records).splitlines()
+    assert heading.split() == ["L0", "L2"] and base.split()[0] == "base" and longer.split()[0] == "longer_name"
+    assert base.endswith("-" + " " * 27) and "75.0 [12.3, 90.0] n=20" in longer and "100.0" in longer
+    assert heading.index("L2") == longer.index("100.0") == base.rindex("-")
+    detailed = table({"one": {"levels": {"L0": result(0.5, 10, "heat")}}}, by_type=True)
+    assert "L0: 7.2 steps per episode, 50.0 % malformed replies, 25.0 % unavailable actions, 12.5 % repeats" in detailed
+    assert "  heat " in detailed
+
+
+# ---- Playing
+
+
+@pytest.fixture(scope="module")
+def config(small_games):
+    return tiny.rl_config(small_games, "rollout.engine=transformers", "eval.games=4")
+
+
+@pytest.fixture(scope="module")
+def engine(config):
+    tiny.join()
+    return make_engine(config, load_actor(config), config.model.path)
+
+
+def test_levels_are_played_whole_and_repeatably(engine, config):
+    results, episodes = evaluate_levels(engine, config, [])
+    again, others = evaluate_levels(engine, config, [])
+    assert results == again and episodes == others
+    assert list(results) == ["L0", "L1"]
+    for level in results:
+        games = envs.tasks(config.env, level, "eval")[:4]
+        assert results[level]["n"] == 8 and len(results[level]["by_seed"]) == 2
+        played = [episode for episode in episodes if episode.task.split == games[0].split]
+        assert [(e.task, e.group, e.member) for e in played] == [(games[i], i, m) for i in range(4) for m in range(2)]
+    pairs = zip(episodes[::2], episodes[1::2], strict=True)
+    assert any([s.response for s in one.steps] != [s.response for s in two.steps] for one, two in pairs)  # seeds differ
+
+
+def test_guidelines_are_in_the_prompts(engine, config):
+    _, plain = evaluate_levels(engine, config, [])
+    _, guided = evaluate_levels(engine, config, ["Open every drawer."])
+    assert all("- Open every drawer.\n" in step.prompt for episode in guided for step in episode.steps)
+    assert not any("guideline" in step.prompt for episode in plain for step in episode.steps)
+
+
+def test_more_games_than_there_are_is_an_error(engine, config):
+    with pytest.raises(ConfigError, match="eval.games=999, but L0 has only"):
+        evaluate_levels(engine, tiny.changed(config, "eval.games=999"), [])
+
+
+def test_lost_episodes_are_not_swept_under_the_rug(engine, config, monkeypatch):
+    class Dead(envs.NativeAlfworld):
+        def step(self, action):
+            raise ConnectionError("dead")
+
+    monkeypatch.setattr(envs, "make_env", Dead)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="L0: 8 of 8 episodes were lost"):
+        evaluate_levels(engine, config, [])
+
+
+# ---- The script
+
+
+@pytest.fixture(scope="module")
+def runs(small_games, tmp_path_factory):
+    """A folder with runs/one, whose checkpoint has been evaluated, and runs/two, the same by two ranks."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    settings = tiny.rl_yaml(small_games, folder).read_text()
+    for name, ranks in (("one", 1), ("two", 2)):
+        checkpoint = tiny.copy(tiny.checkpoint(small_games), folder / "runs" / name / "checkpoints" / "000001")
+        (checkpoint / "guidelines.json").write_text(json.dumps(["Open every drawer."]))
+        (folder / "runs" / name / "config.yaml").write_text(settings)
+        printed = tiny.run(
+            "evaluate.py", "--ckpt", checkpoint, "--set", "rollout.engine=transformers", "--games", "3", "--seeds", "2",
+            "--temperature", "0.7", cwd=folder, ranks=ranks, timeout=150,
+        )  # fmt: skip
+        (folder / f"{name}.txt").write_text(printed)
+    return folder
+
+
+def read(folder) -> dict:
+    return json.loads((folder / "eval.json").read_text())
+
+
+def test_script_writes_results_and_episodes(runs):
+    record, folder = read(runs / "runs" / "one"), runs / "runs" / "one"
+    assert record["guidelines"] == ["Open every drawer."]
+    assert (record["temperature"], record["seeds"], list(record["levels"])) == (0.7, 2, ["L0", "L1"])
+    assert record["levels"]["L0"]["n"] == 6
+    episodes = [json.loads(line) for line in (folder / "eval_episodes.jsonl").read_text().splitlines()]
+    assert len(episodes) == 12 and sum(len(e["steps"]) for e in episodes) / 12 == pytest.approx(
+        (record["levels"]["L0"]["mean_steps"] + record["levels"]["L1"]["mean_steps"]) / 2
+    )
+    printed = (runs / "one.txt").read_text()
+    assert summary_line(record["levels"]["L0"]) in printed and "malformed replies" in printed
+
+
+def test_two_runs_on_one_and_two_ranks_agree(runs):
+    assert read(runs / "runs" / "one")["levels"] == read(runs / "runs" / "two")["levels"]
+    episodes = [(runs / "runs" / name / "eval_episodes.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert [[step["response"] for step in json.loads(line)["steps"]] for line in episodes[0]] == [
+        [step["response"] for step in json.loads(line)["steps"]] for line in episodes[1]
+    ]
+
+
+def test_table_of_runs(runs, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--table", str(runs / "runs" / "one"), str(runs / "runs" / "two")])
+    evaluate.main()
+    heading, one, two = capsys.readouterr().out.splitlines()
+    assert one.startswith("one") and two.startswith("two") and one[5:] == two[5:] and "n=6" in one
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--table", str(runs)])
+    with pytest.raises(ConfigError, match="eval.json does not exist: run evaluate.py"):
+        evaluate.main()
+
+
+def test_a_bare_model_needs_a_config(runs, small_games, monkeypatch):
+    folder = tiny.copy(tiny.checkpoint(small_games), runs / "bare")
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--ckpt", str(folder)])
+    with pytest.raises(ConfigError, match="is not a checkpoint of a run: say --config"):
+        evaluate.main()
+    monkeypatch.setattr("sys.argv", ["evaluate.py"])
+    with pytest.raises(SystemExit):
+        evaluate.main()

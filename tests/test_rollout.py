@@ -1,0 +1,420 @@
+"""rollout.py on real engines: log-probs, weight sync and canary, seeds; the collector with healthy and failing games."""
+
+import copy
+import dataclasses
+import random
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import envs
+import prompts
+from model import Actor, Row, load_actor, packs, token_logprobs
+from rollout import Engine, Sampling, TransformersEngine, VllmEngine, canary, collect, make_engine, stable_seed, sync
+
+
+@pytest.fixture(scope="module")
+def config(small_games):
+    return tiny.rl_config(small_games, "rollout.group_size=2", "rollout.groups=4")
+
+
+@pytest.fixture(scope="module")
+def actor(config) -> Actor:
+    return load_actor(config)
+
+
+@pytest.fixture(scope="module")
+def engine(config, actor):
+    """The one vLLM engine of this file. A test that changes the weights puts them back."""
+    tiny.join()
+    engine = make_engine(config, actor, config.model.path)
+    assert isinstance(engine, VllmEngine)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def slow_engine(config, actor) -> TransformersEngine:
+    made = make_engine(tiny.changed(config, "rollout.engine=transformers"), actor, "")
+    assert isinstance(made, TransformersEngine)
+    return made
+
+
+@pytest.fixture(params=["engine", "slow_engine"])
+def any_engine(request) -> Engine:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def tasks(config) -> list[envs.Task]:
+    return envs.tasks(config.env, "L0", "train")[:4]
+
+
+@pytest.fixture(scope="module")
+def prompt_ids(config, actor, small_games) -> list[list[int]]:
+    return [actor.encode(row["prompt"]) for row in tiny.chat_rows(small_games)[:12]]
+
+
+def samplings(count: int, temperature: float = 1.0, max_tokens: int = 30, first: int = 0) -> list[Sampling]:
+    return [Sampling(temperature, max_tokens, stable_seed(first + index)) for index in range(count)]
+
+
+def gap(actor: Actor, prompt_ids, samples, temperature: float) -> float:
+    """Mean |difference| between the samples' log-probs and the trainer's."""
+    rows = [Row(np.array(ids), np.array(sample.ids)) for ids, sample in zip(prompt_ids, samples, strict=True)]
+    with torch.no_grad():
+        trainer, _ = token_logprobs(actor.model, rows, packs(actor), temperature)
+    return float(np.abs(trainer.numpy() - np.concatenate([sample.logprobs for sample in samples])).mean())
+
+
+# ---- Engines
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logprobs_are_the_trainers(any_engine, actor, prompt_ids, temperature):
+    samples = any_engine.generate(prompt_ids, samplings(12, temperature))
+    assert gap(actor, prompt_ids, samples, temperature) < 1e-4
+    assert gap(actor, prompt_ids, samples, 1.5 - temperature) > 1e-2  # of this temperature and no other
+    end = actor.tokenizer.eos_token_id
+    for sample in samples:
+        assert len(sample.logprobs) == len(sample.ids) <= 30
+        assert end not in sample.ids[:-1] and (sample.ids[-1] == end or len(sample.ids) == 30)
+    assert any(sample.ids[-1] == end for sample in samples) and any(sample.ids[-1] != end for sample in samples)
+
+
+def test_same_seeds_same_samples_in_any_order(any_engine, prompt_ids):
+    how = samplings(12)
+    first = any_engine.generate(prompt_ids, how)
+    again = any_engine.generate(prompt_ids[::-1], how[::-1])[::-1]
+    few = any_engine.generate(prompt_ids[3:6], how[3:6])
+    assert [sample.ids for sample in first] == [sample.ids for sample in again]
+    assert [sample.ids for sample in few] == [sample.ids for sample in first[3:6]]
+    np.testing.assert_allclose(first[0].logprobs, again[0].logprobs, atol=1e-4)
+    other = any_engine.generate(prompt_ids, samplings(12, first=100))
+    assert sum(one.ids == two.ids for one, two in zip(first, other, strict=True)) < 6
+
+
+def test_samples_follow_the_distribution(any_engine, actor, prompt_ids):
+    """The first token of 600 replies to one prompt, at a temperature that leaves several tokens likely."""
+    count, temperature = 600, 2.0
+    samples = any_engine.generate([prompt_ids[0]] * count, samplings(count, temperature, max_tokens=1))
+    with torch.no_grad():
+        logits = actor.model(input_ids=torch.tensor([prompt_ids[0]])).logits[0, -1]
+    expected = torch.softmax(logits / temperature, -1)
+    seen = Counter(sample.ids[0] for sample in samples)
+    likely = [int(token) for token in expected.argsort(descending=True)[:5]]
+    for token in likely:
+        probability = float(expected[token])
+        bound = 4.5 * (probability * (1 - probability) / count) ** 0.5
+        assert abs(seen[token] / count - probability) < bound + 1e-3
+    assert len(seen) > 5
+
+
+def test_each_request_has_its_own_length_and_temperature(any_engine, prompt_ids):
+    how = [Sampling(1.0 if index % 2 else 0.01, 1 + index, index) for index in range(8)]
+    samples = any_engine.generate([prompt_ids[0]] * 8, how)
+    assert all(len(sample.ids) <= 1 + index for index, sample in enumerate(samples)) and len(samples[0].ids) == 1
+    cold = [sample.ids for sample in samples[::2]]
+    assert all(ids == cold[-1][: len(ids)] for ids in cold)  # almost greedy: the same reply, cut at its own length
+
+
+def test_an_untouched_generator_and_thread_count(engine, config, actor):
+    """vLLM would reseed torch's generator and disable set_num_threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+def test_engine_notices_weights_that_were_not_synced(engine, config, actor, prompt_ids):
+    config = tiny.changed(config, "rollout.canary_bound=0.05")
+    kept = copy.deepcopy(actor.model.state_dict())
+    how = samplings(12)
+    before = engine.generate(prompt_ids, how)
+    assert canary(engine, actor, prompt_ids[:4], config) < 1e-4
+    try:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in actor.model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        assert gap(actor, prompt_ids, engine.generate(prompt_ids, how), 1.0) > 0.05
+        with pytest.raises(RuntimeError, match="canary: engine and trainer disagree"):
+            canary(engine, actor, prompt_ids[:4], config)
+        sync(engine, actor)
+        assert canary(engine, actor, prompt_ids[:4], config) < 1e-4
+        assert gap(actor, prompt_ids, engine.generate(prompt_ids, how), 1.0) < 1e-4  # nothing stale in the prefix cache
+    finally:
+        actor.model.load_state_dict(kept)
+        sync(engine, actor)
+    assert [sample.ids for sample in engine.generate(prompt_ids, how)] == [sample.ids for sample in before]
+
+
+def test_the_engine_keeps_no_reference_to_the_trainers_weights(engine, actor, prompt_ids):
+    """An optimizer step in place must not reach the engine half-way through a rollout."""
+    kept = copy.deepcopy(actor.model.state_dict())
+    before = engine.generate(prompt_ids[:2], samplings(2))
+    with torch.no_grad():
+        for parameter in actor.model.parameters():
+            parameter.zero_()
+    after = engine.generate(prompt_ids[:2], samplings(2))
+    actor.model.load_state_dict(kept)
+    assert before == after
+
+
+def test_a_canary_that_is_not_a_number_fails(slow_engine, config, actor, prompt_ids):
+    kept = copy.deepcopy(actor.model.state_dict())
+    samples = slow_engine.generate(prompt_ids[:2], samplings(2))
+    slow_engine.generate = lambda *_: samples
+    try:
+        with torch.no_grad():
+            actor.model.get_input_embeddings().weight.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="canary"):
+            canary(slow_engine, actor, prompt_ids[:2], config)
+    finally:
+        del slow_engine.generate
+        actor.model.load_state_dict(kept)
+
+
+def test_transformers_engine_ignores_the_models_own_sampling_habits(slow_engine, actor, prompt_ids):
+    """Published models bring a generation_config.json; Qwen2.5's has a repetition penalty."""
+    plain = slow_engine.generate(prompt_ids[:4], samplings(4))
+    habits = actor.model.generation_config
+    kept = copy.deepcopy(habits)
+    try:
+        habits.update(repetition_penalty=1.3, do_sample=True, temperature=0.2, top_p=0.5, top_k=3)
+        assert slow_engine.generate(prompt_ids[:4], samplings(4)) == plain
+    finally:
+        actor.model.generation_config = kept
+
+
+def test_stable_seed():
+    assert stable_seed(0, 1, 2) == stable_seed(0, 1, 2) == 2790322772876205
+    keys = [(seed, group, member) for seed in range(5) for group in range(20) for member in range(20)]
+    assert len({stable_seed(*key) for key in keys}) == len(keys)
+    assert max(stable_seed(*key) for key in keys) < 2**63
+
+
+# ---- The collector
+
+
+def play(engine, config, tasks, count=16, make=None, **options):
+    """Episodes of `tasks` with `count` environments at once."""
+    return collect(engine, [(make or envs.make_env)(config.env) for _ in range(count)], tasks, config, **options)
+
+
+def assert_same(episodes, others):
+    assert len(episodes) == len(others)
+    for one, other in zip(episodes, others, strict=True):
+        for step, twin in zip(one.steps, other.steps, strict=True):
+            np.testing.assert_allclose(step.logprobs, twin.logprobs, atol=1e-4)
+            assert dataclasses.replace(step, logprobs=[]) == dataclasses.replace(twin, logprobs=[])
+        assert dataclasses.replace(one, steps=[]) == dataclasses.replace(other, steps=[])
+
+
+@pytest.fixture(scope="module")
+def episodes(engine, config, tasks):
+    """What the other collections of this file must repeat."""
+    return play(engine, config, tasks, iteration=3)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_episodes_do_not_depend_on_concurrency(engine, config, tasks, episodes, count):
+    assert_same(play(engine, config, tasks, count, iteration=3), episodes)
+
+
+def test_episodes_depend_on_seed_iteration_and_group(engine, config, tasks, episodes):
+    def actions(played):
+        return [[step.response for step in episode.steps] for episode in played]
+
+    assert actions(play(engine, config, tasks, iteration=4)) != actions(episodes)
+    assert actions(play(engine, tiny.changed(config, "seed=1"), tasks, iteration=3)) != actions(episodes)
+    moved = play(engine, config, tasks[1:], iteration=3, first_group=1)  # what a second rank would play
+    assert_same(moved, episodes[2:])
+
+
+def test_episodes_are_grouped_and_ordered(episodes, tasks):
+    assert [(episode.group, episode.member) for episode in episodes] == [(g, m) for g in range(4) for m in range(2)]
+    assert [episode.task for episode in episodes] == [task for task in tasks for _ in range(2)]
+    pairs = zip(episodes[::2], episodes[1::2], strict=True)
+    assert any([s.response for s in one.steps] != [s.response for s in two.steps] for one, two in pairs)
+
+
+def test_records_are_what_happened(engine, config, actor, episodes):
+    """Every episode is played again from its record, in a fresh environment."""
+    for episode in episodes:
+        env = envs.make_env(config.env)
+        seen = env.reset(episode.task)
+        for index, step in enumerate(episode.steps):
+            assert not seen.done and step.observation == seen.text
+            history = [(past.observation, past.action) for past in episode.steps[max(0, index - 2) : index]]
+            text = prompts.build_prompt("alfworld", seen.task, seen.text, seen.actions, history, index)
+            assert step.prompt == text and step.prompt_ids == actor.encode(text)
+            assert step.response == actor.decode(step.response_ids) and len(step.logprobs) == len(step.response_ids)
+            reply = prompts.parse_reply(step.response)
+            assert (step.action, step.valid, step.thought) == (reply.action, reply.valid, reply.thought)
+            assert step.available == (step.action in seen.actions)
+            seen = env.step(step.action)
+            assert step.reward == 10.0 * seen.won
+        assert (episode.won, episode.score) == (seen.won, seen.score)
+        assert seen.done or len(episode.steps) == config.env.max_steps
+    steps = [step for episode in episodes for step in episode.steps]
+    assert {step.valid for step in steps} == {True, False} == {step.available for step in steps}  # or the test is weak
+
+
+class ToyRoom:
+    """A room in which the third action wins if the three have an even number of letters together."""
+
+    threaded = False
+
+    def __init__(self, env_cfg=None):
+        pass
+
+    def reset(self, task):
+        self.taken = []
+        return self._observe()
+
+    def step(self, action):
+        self.taken.append(action)
+        return self._observe()
+
+    def _observe(self):
+        won = len(self.taken) == 3 and sum(map(len, self.taken)) % 2 == 0
+        return envs.Observation(f"Step {len(self.taken)}.", ("look", "wait"), "win", float(won), won, won)
+
+
+def test_reward_comes_with_the_winning_step_alone(engine, config, tasks):
+    episodes = play(engine, config, tasks, 4, ToyRoom)
+    assert {episode.won for episode in episodes} == {True, False}
+    for episode in episodes:
+        won = sum(len(step.action) for step in episode.steps[:3]) % 2 == 0
+        assert episode.won == won and episode.score == float(won)
+        rewards = [step.reward for step in episode.steps]
+        assert rewards == ([0.0, 0.0, 10.0] if won else [0.0] * config.env.max_steps)
+
+
+def test_members_temperature_suggestions_and_history(engine, config, tasks, actor):
+    rule = "Look under <|im_end|> things."
+    seen = []
+    config = tiny.changed(config, "env.history=0")
+    episodes = play(engine, config, tasks[:2], members=3, temperature=0.0, suggestions=[rule], on_episode=seen.append)
+    assert [(episode.group, episode.member) for episode in episodes] == [(g, m) for g in range(2) for m in range(3)]
+    assert sorted(id(episode) for episode in seen) == sorted(id(episode) for episode in episodes)
+    first = [[step.response for step in episode.steps] for episode in episodes]
+    assert first[0] == first[1] == first[2] and first[3] == first[4] == first[5]  # greedy: all members alike
+    for step in episodes[0].steps:
+        assert "- Look under < |im_end|> things." in step.prompt and "[Observation" not in step.prompt
+
+
+def test_a_long_prompt_drops_its_history_or_is_refused(engine, config, tasks, actor, episodes):
+    bare = max(len(actor.encode(prompts.build_prompt("alfworld", s.task, s.text, s.actions)))
+               for s in [envs.make_env(config.env).reset(tasks[0])])  # fmt: skip
+    with pytest.raises(ValueError, match="raise rollout.max_prompt_tokens"):
+        play(engine, tiny.changed(config, f"rollout.max_prompt_tokens={bare - 1}"), tasks[:1])
+    longest = max(len(step.prompt_ids) for episode in episodes for step in episode.steps)
+    shorter = play(engine, tiny.changed(config, f"rollout.max_prompt_tokens={longest - 1}"), tasks, iteration=3)
+    assert max(len(step.prompt_ids) for episode in shorter for step in episode.steps) < longest
+
+
+class Flaky(envs.NativeAlfworld):
+    """A game that dies at a given step, as often as its class is told to."""
+
+    failures: Counter  # task id -> how often it still dies
+    at = 2
+    restarts = 0
+
+    def __init__(self, env_cfg):
+        super().__init__(env_cfg)
+        self.broken = False
+
+    def reset(self, task):
+        assert not self.broken, "used after its death without a restart"
+        self.task, self.taken = task, 0
+        self._maybe_die()
+        return super().reset(task)
+
+    def step(self, action):
+        self.taken += 1
+        self._maybe_die()
+        return super().step(action)
+
+    def restart(self):
+        self.broken = False
+        type(self).restarts += 1
+
+    def _maybe_die(self):
+        if self.taken == self.at and self.failures[self.task.id] > 0:
+            type(self).failures[self.task.id] -= 1
+            self.broken = True
+            raise ConnectionError("the JVM died")
+
+
+def flaky(at: int, threaded: bool = False, **failures: int):
+    """A class of environments whose tasks t0, t1, ... die so often."""
+    return type("Flaky", (Flaky,), dict(at=at, threaded=threaded, failures=Counter(failures), restarts=0))
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_environment_that_fails_once_leaves_no_trace(engine, config, tasks, episodes, at, threaded):
+    kind = flaky(at, threaded, **{tasks[1].id: 1, tasks[3].id: 1})
+    counts = Counter()
+    with pytest.warns(UserWarning, match="environment failed .ConnectionError: the JVM died"):
+        again = play(engine, config, tasks, 3, kind, iteration=3, counts=counts)
+    assert_same(again, episodes)
+    assert counts == {"restarted": 2} and kind.restarts == 2
+
+
+def test_an_environment_that_fails_twice_costs_the_episode(engine, config, tasks, episodes):
+    kind = flaky(2, **{tasks[0].id: 2, tasks[2].id: 4})
+    counts = Counter()
+    with pytest.warns(UserWarning, match="environment failed"):
+        left = play(engine, config, tasks, 1, kind, iteration=3, counts=counts)  # one at a time: who fails is known
+    assert counts == {"restarted": 3, "discarded": 3}
+    assert [(episode.group, episode.member) for episode in left] == [(0, 1), (1, 0), (1, 1), (3, 0), (3, 1)]
+    assert_same(left, [episodes[index] for index in (1, 2, 3, 6, 7)])
+
+
+def test_all_episodes_may_be_lost(engine, config, tasks):
+    counts = Counter()
+    with pytest.warns(UserWarning):
+        assert play(engine, config, tasks[:1], 2, flaky(1, **{tasks[0].id: 99}), counts=counts) == []
+    assert counts == {"restarted": 2, "discarded": 2}
+
+
+def test_slow_environments_act_in_threads(engine, config, tasks, episodes):
+    class Slow(envs.NativeAlfworld):
+        threaded = True
+        delay = random.Random(0)
+        at_once = busy = 0
+
+        def step(self, action):
+            Slow.busy += 1
+            Slow.at_once = max(Slow.at_once, Slow.busy)
+            time.sleep(Slow.delay.uniform(0.005, 0.05))
+            Slow.busy -= 1
+            return super().step(action)
+
+    assert_same(play(engine, config, tasks, 8, Slow, iteration=3), episodes)
+    assert Slow.at_once > 1
+
+
+def test_transformers_engine_collects_the_same_kind_of_episodes(slow_engine, config, tasks, actor):
+    episodes = play(slow_engine, config, tasks, 8, iteration=3)
+    assert_same(play(slow_engine, config, tasks, 3, iteration=3), episodes)
+    assert len(episodes) == 8 and sum(step.valid for episode in episodes for step in episode.steps) > 0
+    steps = [step for episode in episodes for step in episode.steps]
+    rows = [Row(np.array(step.prompt_ids), np.array(step.response_ids)) for step in steps]
+    with torch.no_grad():
+        trainer, _ = token_logprobs(actor.model, rows, packs(actor))
+    np.testing.assert_allclose(np.concatenate([step.logprobs for step in steps]), trainer, atol=1e-4)
+
+
+def test_json_of_an_episode(episodes):
+    short, whole = episodes[0].to_json(), episodes[0].to_json(tokens=True)
+    assert {"prompt", "prompt_ids", "response_ids", "logprobs"} == set(whole["steps"][0]) - set(short["steps"][0])
+    assert whole["steps"][0]["response_ids"] == episodes[0].steps[0].response_ids
+    assert short["task"]["id"] == episodes[0].task.id and short["steps"][0]["action"] == episodes[0].steps[0].action

@@ -1,0 +1,520 @@
+"""train_rl.py: updates that do not depend on micro-batches or ranks, whole runs, resuming, errors in one line."""
+
+import copy
+import dataclasses
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import changed
+
+import config as configuration
+import envs
+import prompts
+import train_rl
+from config import Config, ConfigError
+from model import Actor, Row, all_logprobs, load_actor, make_optimizer
+from train_rl import find_checkpoint, mini_batches, sample_tasks, update
+
+# ---- The update
+
+
+@pytest.fixture(scope="module")
+def config(small_games) -> Config:
+    """One update of plain GRPO; judge rows count fully, no KL."""
+    tiny.join()
+    return tiny.rl_config(small_games, "algo.kl=0", "train.rows_per_update=1000", "train.max_grad_norm=1000")
+
+
+@pytest.fixture(scope="module")
+def initial(config) -> Actor:
+    return load_actor(config)
+
+
+@pytest.fixture(scope="module")
+def rows(config, initial) -> list[Row]:
+    return made_rows(config, initial)
+
+
+def made_rows(config: Config, actor: Actor) -> list[Row]:
+    """24 rows of different lengths, a third of them critiques, a quarter without advantage; the model's log-probs."""
+    rng = np.random.default_rng(0)
+    vocabulary = len(actor.tokenizer)
+    rows = [
+        Row(
+            rng.integers(3, vocabulary, rng.integers(1, 150)).astype(np.int32),
+            rng.integers(3, vocabulary, rng.integers(1, 30)).astype(np.int32),
+            advantage=0.0 if index % 4 == 3 else float(rng.normal()),
+            judge=index % 3 == 2,
+        )
+        for index in range(24)
+    ]
+    for row, logprobs in zip(rows, all_logprobs(actor.model, rows, 4096, False, 1.0), strict=True):
+        row.logprobs = logprobs
+    return rows
+
+
+def after(
+    initial: Actor, rows: list[Row], config: Config, lr: float = 0.05, momentum: float = 0.0, reference=None
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The weights after one update() by SGD, and its metrics."""
+    actor = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
+    config = changed(config, f"train.lr={lr}")
+    optimizer = torch.optim.SGD(actor.model.parameters(), lr=lr, momentum=momentum)
+    metrics = update(actor, reference, optimizer, rows, config, iteration=0)
+    return actor.model.state_dict(), metrics
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one | other)
+
+
+@pytest.mark.parametrize("how", ["token", "sequence", "dr"])
+@pytest.mark.parametrize("kl", [0, 0.5])
+def test_update_is_the_same_for_any_micro_batch(initial, rows, config, how, kl):
+    config = changed(config, f"algo.aggregate={how}", f"algo.kl={kl}")
+    torch.manual_seed(0)
+    reference = copy.deepcopy(initial.model)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    whole, metrics = after(initial, rows, changed(config, "train.tokens_per_micro_batch=9999"), reference=reference)
+    assert distance(whole, initial.model.state_dict()) > 1e-3
+    for budget in (1, 200, 700):
+        small = changed(config, f"train.tokens_per_micro_batch={budget}")
+        parts, again = after(initial, rows, small, reference=reference)
+        assert distance(parts, whole) < 1e-6
+        for key in ("loss_actor", "loss_judge", "kl", "grad_norm", "entropy", "ratio"):
+            assert again[f"train/{key}"] == pytest.approx(metrics[f"train/{key}"], rel=1e-4, abs=1e-5), key
+    assert (metrics["train/kl"] > 0.01) == (kl > 0)
+
+
+def test_first_ratio_is_one_where_the_trainer_scores_the_old_policy(initial, rows, config):
+    _, metrics = after(initial, rows, config)
+    assert metrics["train/ratio"] == pytest.approx(1, abs=1e-5) and metrics["train/clip_fraction"] == 0
+    assert metrics["train/approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["mismatch/mean_abs"] < 1e-5 and metrics["train/updates"] == 1
+    _, metrics = after(initial, rows, changed(config, "train.rows_per_update=4"), lr=0.1)
+    assert metrics["train/updates"] == 4 and abs(metrics["train/approx_kl"]) > 1e-5  # later updates are off-policy
+
+
+def test_engine_logprobs_as_the_old_policy(initial, rows, config):
+    shifted = [dataclasses.replace(row, logprobs=row.logprobs - np.float32(0.1)) for row in rows]
+    _, metrics = after(initial, shifted, changed(config, "train.old_logprobs=engine"))
+    assert metrics["train/ratio"] == pytest.approx(np.exp(0.1), rel=1e-4)
+    assert metrics["mismatch/mean_abs"] == pytest.approx(0.1, rel=1e-3) == metrics["mismatch/max_abs"]
+    trained, metrics = after(initial, shifted, config)  # with the trainer's the engine's do not matter but are watched
+    assert distance(trained, after(initial, rows, config)[0]) == 0
+    assert metrics["mismatch/mean_abs"] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_good_rows_become_likelier_and_bad_ones_less(initial, rows, config):
+    for row in [row for row in rows if row.advantage][:6]:
+        trained = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
+        trained.model.load_state_dict(after(initial, [row], config, lr=1e-3)[0])
+        (logprobs,) = all_logprobs(trained.model, [row], 4096, False, 1.0)
+        assert np.sign((logprobs - row.logprobs).mean()) == np.sign(row.advantage)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_leaving_out_rows_without_advantage_changes_nothing(initial, rows, config, monkeypatch, momentum):
+    """Also where mini-batches of one row are left without any: the momentum of earlier ones goes on all the same."""
+    config = changed(config, "train.rows_per_update=1")
+    short, fast = after(initial, rows, config, 2e-3, momentum)
+    monkeypatch.setattr(train_rl, "_matters", lambda row, config: True)
+    full, slow = after(initial, rows, config, 2e-3, momentum)
+    assert distance(short, full) < 1e-6
+    assert fast["train/tokens"] < 0.9 * slow["train/tokens"] == 0.9 * sum(row.tokens for row in rows)
+    for key in ("train/loss_actor", "train/loss_judge", "train/grad_norm"):
+        assert fast[key] == pytest.approx(slow[key], rel=1e-5, abs=1e-5), key
+
+
+def test_an_update_without_any_signal_is_no_update(initial, rows, config):
+    silent = [dataclasses.replace(row, advantage=0.0) for row in rows]
+    weights, metrics = after(initial, silent, config)
+    assert distance(weights, initial.model.state_dict()) == 0
+    assert metrics["train/grad_norm"] == 0 and metrics["train/tokens"] == 0
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_judge_weight_zero_is_no_judge(initial, rows, config):
+    actor_only = [row for row in rows if not row.judge]
+    for kl in ("algo.kl=0", "algo.kl=0.1"):
+        config = changed(config, kl)
+        reference = copy.deepcopy(initial.model)
+        without, _ = after(initial, actor_only, config, reference=reference)
+        off, _ = after(initial, rows, changed(config, "judge.weight=0"), reference=reference)
+        on, _ = after(initial, rows, config, reference=reference)
+        assert distance(without, off) < 1e-7 and distance(without, on) > 1e-4
+
+
+def test_losses_of_actor_and_judge_add_up(initial, rows, config):
+    """L = L_GRPO + weight L_GCD, each a mean over its own tokens: so are the steps of plain gradient descent."""
+    start = initial.model.state_dict()
+    both, _ = after(initial, rows, changed(config, "judge.weight=0.5"))
+    actor, _ = after(initial, [row for row in rows if not row.judge], config)
+    judge, _ = after(initial, [row for row in rows if row.judge], config)
+    summed = {name: start[name] + (actor[name] - start[name]) + 0.5 * (judge[name] - start[name]) for name in start}
+    assert distance(both, summed) < 1e-6 < 1e-4 < distance(both, actor)
+
+
+def test_entropy_bonus_raises_entropy(initial, rows, config):
+    silent = [dataclasses.replace(row, advantage=0.0) for row in rows]
+    config = changed(config, "algo.entropy=1")
+    weights, metrics = after(initial, silent, config, lr=0.05)
+    assert metrics["train/entropy"] > 0
+    spread = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
+    spread.model.load_state_dict(weights)
+    _, later = after(spread, silent, config)
+    assert later["train/entropy"] > metrics["train/entropy"] + 1e-3
+    assert distance(weights, after(initial, silent, changed(config, "train.tokens_per_micro_batch=200"))[0]) < 1e-6
+
+
+def test_gradients_are_clipped_over_the_whole_mini_batch(initial, rows, config):
+    start = initial.model.state_dict()
+    free, metrics = after(initial, rows, config)
+    norm = metrics["train/grad_norm"]
+    clipped, again = after(initial, rows, changed(config, f"train.max_grad_norm={norm / 4}"))
+    assert again["train/grad_norm"] == pytest.approx(norm, rel=1e-5)  # the norm before clipping
+    quarter = {name: start[name] + (free[name] - start[name]) / 4 for name in start}
+    assert distance(clipped, quarter) < 1e-6
+
+
+# Every rank of this script does the updates of SCENARIOS on the same rows and saves its weights.
+SCENARIOS = {
+    "one update": [],
+    "several, with KL": ["train.rows_per_update=5", "algo.kl=0.1"],
+    "mini-batches smaller than the world": ["train.rows_per_update=1"],
+    "sequence mean": ["algo.aggregate=sequence"],
+}
+UPDATES = """
+import pickle, sys, torch
+sys.path.insert(0, {tests!r})
+import test_train_rl as here
+from model import join_ranks, load_actor
+config, rows = pickle.load(open({data!r}, "rb"))
+rank, world = join_ranks(config)
+actor = load_actor(config)
+results = here.all_scenarios(actor, rows, config)
+torch.save(results, {out!r} + str(rank))
+torch.distributed.destroy_process_group()
+"""
+
+
+def all_scenarios(actor: Actor, rows: list[Row], config: Config) -> dict:
+    return {name: after(actor, rows, changed(config, *overrides), lr=2e-3, momentum=0.9, reference=actor.model)
+            for name, overrides in SCENARIOS.items()}  # fmt: skip
+
+
+def test_update_is_the_same_for_one_and_two_ranks(initial, rows, config, tmp_path):
+    (tmp_path / "data").write_bytes(pickle.dumps((config, rows)))
+    texts = dict(tests=str(tiny.ROOT / "tests"), data=str(tmp_path / "data"), out=str(tmp_path / "rank"))
+    (tmp_path / "updates.py").write_text(UPDATES.format(**texts))
+    tiny.run(tmp_path / "updates.py", cwd=tmp_path, ranks=2, timeout=120)
+    expected = all_scenarios(initial, rows, config)
+    first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
+    for name, (weights, metrics) in expected.items():
+        assert distance(first[name][0], second[name][0]) == 0, name
+        assert distance(first[name][0], weights) < 1e-6 < 1e-3 < distance(weights, initial.model.state_dict()), name
+        for key, value in metrics.items():
+            if key != "train/padding_share":
+                near = pytest.approx(value, rel=1e-4, abs=1e-5)
+                assert first[name][1][key] == near and second[name][1][key] == near, (name, key)
+
+
+def test_mini_batches_deal_out_every_row_once(config):
+    rng = random.Random(0)
+    rows = [Row(np.zeros(rng.randint(1, 300)), np.zeros(rng.randint(1, 60)), judge=n % 5 == 0) for n in range(203)]
+    config = changed(config, "train.rows_per_update=50")
+    ids = {}
+    for world in (1, 2, 3):
+        batches = mini_batches(rows, config, 4, world)
+        assert sorted(id(row) for batch in batches for share in batch for row in share) == sorted(map(id, rows))
+        ids[world] = [{id(row) for share in batch for row in share} for batch in batches]
+        for batch in batches:
+            loads = [sum(row.tokens for row in share) for share in batch]
+            assert max(loads) - min(loads) <= 360
+            assert sum(row.judge for share in batch for row in share) in (10, 11)  # 41 critiques over 4 mini-batches
+    assert ids[1] == ids[2] == ids[3] and len(ids[1]) == 4  # 162 actions
+    assert [[map(id, share) for share in batch] for batch in mini_batches(rows, config, 5, 1)] != ids[1]
+
+
+def test_tasks_are_walked_in_laps(config):
+    tasks = [envs.Task("alfworld", "type", str(number), "train") for number in range(10)]
+    drawn = [task.id for iteration in range(10) for task in sample_tasks(tasks, config, iteration)]  # 4 each
+    for lap in range(4):
+        assert sorted(drawn[10 * lap : 10 * lap + 10]) == sorted(task.id for task in tasks)
+    assert drawn[:10] != drawn[10:20]
+    other = [task.id for iteration in range(10) for task in sample_tasks(tasks, changed(config, "seed=1"), iteration)]
+    assert other != drawn
+
+
+def test_learning_rate_schedule(config):
+    config = changed(config, "train.warmup=4", "train.iterations=10")
+    assert [train_rl.lr_factor(config, n) for n in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1, 1, 1]
+    linear = changed(config, "train.schedule=linear", "train.warmup=0")
+    assert [train_rl.lr_factor(linear, n) for n in (0, 5, 9)] == pytest.approx([1, 0.5, 0.1])
+
+
+# ---- Whole runs
+
+
+@pytest.fixture(scope="module")
+def run(small_games, tmp_path_factory) -> Path:
+    """The folder of a finished run: two iterations with GCD and guidelines, on one rank, by vLLM."""
+    folder = tmp_path_factory.mktemp("run")
+    printed = tiny.run("train_rl.py", tiny.rl_yaml(small_games, folder), cwd=folder)
+    (folder / "printed.txt").write_text(printed)
+    return folder / "runs" / "tiny_rl"
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def episodes_of(run: Path, iteration: int) -> tuple[list[dict], dict]:
+    *episodes, extra = map(json.loads, (run / "episodes" / f"{iteration:06d}.jsonl").read_text().splitlines())
+    return episodes, extra
+
+
+def test_metrics_have_their_namespaces(run):
+    first, second = metrics_of(run)
+    assert (first["iteration"], second["iteration"]) == (0, 1)
+    for record in (first, second):
+        spaces = {key.split("/")[0] for key in record if "/" in key}
+        assert spaces >= {"rollout", "train", "judge", "mismatch", "time"}
+        assert ("eval" in spaces) == (record["iteration"] == 1)
+        assert all(np.isfinite(value) for value in record.values())
+        assert record["rollout/episodes"] == 16 and record["rollout/discarded"] == 0
+        assert record["judge/questions"] >= 2 and record["judge/rows"] == 4 * record["judge/questions"]
+        assert record["mismatch/mean_abs"] < 1e-4 and record["mismatch/canary"] < 1e-4
+        assert record["train/rows"] == record["rollout/steps"] and record["train/grad_norm"] > 0
+        assert record["train/lr"] == 1e-3 and record["train/updates"] == -(-record["rollout/steps"] // 48)
+        assert record["time/collect"] > 0 and record["time/total"] > record["time/update"]
+    assert 0 <= second["eval/L0"] <= 1 and "eval/L1" in second
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("train/grad_norm")] == pytest.approx(
+        [first["train/grad_norm"], second["train/grad_norm"]]
+    )
+    assert "iterations done" in (run.parents[1] / "printed.txt").read_text()
+
+
+def test_episodes_are_dumped(run, small_games):
+    for iteration, record in enumerate(metrics_of(run)):
+        episodes, extra = episodes_of(run, iteration)
+        assert [(e["group"], e["member"]) for e in episodes] == [(g, m) for g in range(4) for m in range(4)]
+        assert np.mean([e["won"] for e in episodes]) == record["rollout/success"]
+        assert sum(len(e["steps"]) for e in episodes) == record["rollout/steps"]
+        assert ["response_ids" in e["steps"][0] for e in episodes] == [True, True] + [False] * 14
+        assert len(extra["questions"]) == record["judge/questions"]
+        assert sorted(q["label"] for q in extra["questions"]) == sorted([0, 1] * (len(extra["questions"]) // 2))
+        for question in extra["questions"]:
+            judged = next(e for e in episodes if (e["group"], e["member"]) == (question["group"], question["member"]))
+            assert judged["steps"][question["step"]]["label"] == question["label"] and len(question["answers"]) == 4
+    config = tiny.rl_config(small_games)
+    tasks = {task.id for task in sample_tasks(envs.tasks(config.env, "L0", "train"), config, 1)}
+    assert {e["task"]["id"] for e in episodes} == tasks
+
+
+def test_golden_rules_enter_the_next_prompts(run):
+    _, extra = episodes_of(run, 0)
+    rules = extra["guidelines"]
+    verdicts = [(prompts.parse_critique(answer), question["label"]) for question in extra["questions"]
+                for answer in question["answers"]]  # fmt: skip
+    advice = {critique.advice for critique, label in verdicts if critique.score == label and critique.advice}
+    assert rules and set(rules) <= advice  # medoids of what right critiques advise
+    prompt = episodes_of(run, 1)[0][0]["steps"][0]["prompt"]
+    assert all(f"- {rule}\n" in prompt for rule in rules)
+    assert "guideline" not in episodes_of(run, 0)[0][0]["steps"][0]["prompt"]
+    saved = json.loads((run / "checkpoints" / "latest" / "guidelines.json").read_text())
+    assert saved == episodes_of(run, 1)[1]["guidelines"]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_actor(Config(device="cpu"), path=str(folder)).model.state_dict()
+
+
+def test_checkpoint_loads(run, small_games):
+    folder = run / "checkpoints" / "latest"
+    assert os.readlink(folder) == "000002"
+    assert distance(weights_of(folder), weights_of(tiny.checkpoint(small_games))) > 1e-3
+    assert distance(weights_of(folder), weights_of(run / "checkpoints" / "000001")) > 1e-4
+    assert configuration.load(run / "config.yaml") == tiny.rl_config(small_games)
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_refuses_other_settings(run, small_games, monkeypatch):
+    monkeypatch.chdir(run.parents[1])
+    checkpoint, state = find_checkpoint(tiny.rl_config(small_games))
+    assert checkpoint == run / "checkpoints" / "000002" and state["iteration"] == 2
+    for free in ("train.iterations=9", "train.eval_every=0", "eval.seeds=5", "train.checkpoint_every=7"):
+        assert find_checkpoint(tiny.rl_config(small_games, free))[1]["iteration"] == 2
+    with pytest.raises(ConfigError, match=r"made with other settings \(algo.gamma, train.lr\): choose another name"):
+        find_checkpoint(tiny.rl_config(small_games, "train.lr=1", "algo.gamma=0.5"))
+    assert find_checkpoint(tiny.rl_config(small_games, "name=other", "train.lr=1")) == (None, {})
+
+
+def same_episodes(run: Path, other: Path, iteration: int) -> None:
+    """Equal but for what is drawn per rank (which steps the teacher sees) and for rounding."""
+    for one, two in zip(episodes_of(run, iteration)[0], episodes_of(other, iteration)[0], strict=True):
+        assert {**one, "steps": 0} == {**two, "steps": 0}
+        for step, twin in zip(one["steps"], two["steps"], strict=True):
+            for key in ("observation", "response", "action", "valid", "available", "reward", "thought"):
+                assert step[key] == twin[key]
+            assert step["advantage"] == pytest.approx(twin["advantage"], abs=1e-6)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(run, small_games, tmp_path):
+    """A run that died after its first checkpoint, in the middle of writing the second."""
+    copied = tiny.copy(run, tmp_path / "runs" / "tiny_rl")
+    checkpoints = copied / "checkpoints"
+    (checkpoints / "latest").unlink()
+    (checkpoints / "latest").symlink_to("000001")
+    (checkpoints / "000002").rename(checkpoints / "000002.partial")
+    (checkpoints / "000002.partial" / "model.safetensors").write_bytes(b"torn")
+    tiny.run("train_rl.py", tiny.rl_yaml(small_games, tmp_path), cwd=tmp_path)
+    expected, found = metrics_of(run), metrics_of(copied)
+    assert found[0] == expected[0] and len(found) == 2
+    for key, value in expected[1].items():
+        if not key.startswith("time/") and key != "rollout/tokens_per_s":
+            assert found[1][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    same_episodes(run, copied, 1)
+    assert episodes_of(run, 1)[1] == episodes_of(copied, 1)[1]
+    assert distance(weights_of(run / "checkpoints" / "latest"), weights_of(checkpoints / "latest")) < 1e-6
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["000001", "000002", "latest"]
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+import config, train_rl
+plain = train_rl.sync
+def sync(engine, actor):
+    plain(engine, actor)
+    torch.save(actor.model.state_dict(), f"rank{dist.get_rank()}.pt")
+train_rl.sync = sync
+config.fail_clearly(train_rl.main)
+"""
+
+
+def test_two_ranks_play_the_same_episodes_and_stay_equal(run, small_games, tmp_path):
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    arguments = [tiny.rl_yaml(small_games, tmp_path), "--set", "train.iterations=1"]
+    tiny.run(tmp_path / "two.py", *arguments, cwd=tmp_path, ranks=2)
+    twin = tmp_path / "runs" / "tiny_rl"
+    same_episodes(run, twin, 0)
+    one, two = metrics_of(run)[0], metrics_of(twin)[0]
+    for key in one:
+        if key.startswith("rollout/") and key != "rollout/tokens_per_s":
+            assert two[key] == pytest.approx(one[key]), key
+    weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert distance(*weights) == 0 == distance(weights[0], weights_of(twin / "checkpoints" / "latest"))
+    assert distance(weights[0], weights_of(tiny.checkpoint(small_games))) > 1e-3
+
+
+def test_plain_method_leaves_no_trace_of_the_judge(small_games, tmp_path, monkeypatch):
+    """GRPO without GCD, by the transformers engine, the engine's log-probs as the old policy's; in this process."""
+    monkeypatch.chdir(tmp_path)
+    overrides = "judge.enabled=false guidelines.every=0 rollout.engine=transformers algo.advantage=grpo rollout.groups=2"
+    overrides += " train.old_logprobs=engine train.iterations=1 train.eval_every=0"
+    monkeypatch.setattr("sys.argv", ["train_rl.py", str(tiny.rl_yaml(small_games, tmp_path)), "--set", *overrides.split()])
+    monkeypatch.setattr(train_rl, "join_ranks", lambda config: tiny.join() or (0, 1))
+    monkeypatch.setattr("rollout.Engine.close", lambda self: None)
+    train_rl.main()
+    (record,) = metrics_of(tmp_path / "runs" / "tiny_rl")
+    assert not [key for key in record if "judge/" in key] and record["train/loss_judge"] == 0
+    assert record["mismatch/mean_abs"] < 1e-4 and record["rollout/episodes"] == 8
+    assert episodes_of(tmp_path / "runs" / "tiny_rl", 0)[1] == {"questions": [], "guidelines": []}
+
+
+def test_dry_run_prints_the_arithmetic(small_games, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_rl.py", str(tiny.rl_yaml(small_games, tmp_path)), "--dry-run"])
+    train_rl.main()
+    printed = capsys.readouterr().out
+    assert "4 games x 4 = 16 episodes of at most 6 steps, 16 critiques" in printed
+    assert "at most 2 optimizer steps of 48 rows" in printed
+
+
+def test_no_episode_at_all_stops_the_run():
+    with pytest.raises(RuntimeError, match="no episode was collected.*discarded"):
+        train_rl.rollout_metrics([], train_rl.Counter(discarded=4))
+
+
+# ---- Mistakes
+
+WITHOUT_VLLM = """
+import importlib.util, runpy
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "vllm" else real(name, *rest)
+runpy.run_path({script!r}, run_name="__main__")
+"""
+MISTAKES = {
+    "unknown key": (["train.learning_rate=1"], "unknown key train.learning_rate"),
+    "wrong type": (["train.lr=fast"], "train.lr='fast': expected float"),
+    "indivisible": (["rollout.groups=3"], "rollout.groups=3 does not divide over 2 ranks; set it to 2 or 4"),
+    "no checkpoint": (["model.path=runs/nothing/checkpoints/latest"], "no model at runs/nothing/checkpoints/latest"),
+    "no data": (["env.data=nowhere"], "no games in nowhere/json_2.1.1/train"),
+    "no vllm": (["rollout.engine=vllm"], "vLLM is not installed"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(small_games, tmp_path_factory):
+    """All wrong runs, started together: name -> (exit code, stderr, seconds) of each of its ranks."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    config = tiny.rl_yaml(small_games, folder)
+    wrapper = folder / "without_vllm.py"
+    wrapper.write_text(WITHOUT_VLLM.format(script=str(tiny.ROOT / "train_rl.py")))
+    running, began = {}, time.monotonic()
+    for name, (overrides, _) in MISTAKES.items():
+        script = wrapper if name == "no vllm" else "train_rl.py"
+        port = str(20_000 + random.SystemRandom().randrange(10_000))
+        for rank in range(2 if name == "indivisible" else 1):  # not by torchrun, whose exit code is its own
+            group = dict(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            running[name, rank] = subprocess.Popen(
+                tiny.command(script, config, "--set", *overrides), cwd=folder, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, env=tiny.environment(**group if name == "indivisible" else {}),
+            )  # fmt: skip
+    found: dict[str, list] = {}
+    for (name, _), process in running.items():
+        try:
+            _, errors = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            errors = "it hangs"
+        found.setdefault(name, []).append((process.returncode, errors, time.monotonic() - began))
+    return found
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_clear_line(mistaken, name):
+    for code, errors, _ in mistaken[name]:
+        assert code == 2, errors
+        (line,) = errors.splitlines()
+        assert line.startswith("error: ") and MISTAKES[name][1] in line
+
+
+def test_checkpoint_of_something_else(small_games, tmp_path, monkeypatch):
+    """A run's folder whose `latest` holds no trainer state: a cold start of the same name."""
+    monkeypatch.chdir(tmp_path)
+    folder = tiny.copy(tiny.checkpoint(small_games), tmp_path / "runs" / "tiny_rl" / "checkpoints" / "final")
+    folder.with_name("latest").symlink_to("final")
+    with pytest.raises((ConfigError, FileNotFoundError), match="tiny_rl"):
+        find_checkpoint(tiny.rl_config(small_games))
+
+
+def test_optimizer_decays_matrices_only(initial):
+    decayed, rest = make_optimizer(initial.model, 1e-3, 0.1).param_groups
+    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
+    assert all(parameter.ndim == 2 for parameter in decayed["params"])
+    assert all(parameter.ndim == 1 for parameter in rest["params"])
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(initial.model.parameters()))

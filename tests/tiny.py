@@ -1,0 +1,135 @@
+"""What several test files share: a tiny trained checkpoint, its configs, and the project's scripts as subprocesses."""
+
+import contextlib
+import functools
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import config as configuration  # before torch: it sets the number of threads
+from config import Config
+
+ROOT = Path(__file__).parents[1]
+SFT = """
+name: tiny_sft
+model: {{path: tiny, tiny_hidden: 64, tiny_layers: 2, tiny_heads: 2, tiny_vocab: 1536}}
+env: {{data: {games}, max_steps: 10}}
+sft: {{variant: generative, episodes: 48, critic_examples: 32, noise: 0.2, epochs: {epochs}, lr: 1.0e-2,
+      warmup_ratio: 0.05, rows_per_update: 8, tokens_per_micro_batch: 4096}}
+"""
+RL = """
+name: tiny_rl
+model: {{path: {checkpoint}}}
+env: {{data: {games}, max_steps: 6}}
+algo: {{advantage: gigpo}}
+rollout: {{groups: 4, group_size: 4, max_prompt_tokens: 800, max_response_tokens: 40, concurrency: 16,
+          kv_cache_gib: 0.1}}
+judge: {{enabled: true, questions: 4, group_size: 4, teacher: expert, max_prompt_tokens: 1200, max_response_tokens: 60}}
+guidelines: {{every: 1}}
+train: {{iterations: 2, lr: 1.0e-3, rows_per_update: 48, tokens_per_micro_batch: 4096, checkpoint_every: 1,
+        eval_every: 2}}
+eval: {{levels: [L0, L1], games: 3, seeds: 2}}
+"""
+
+
+@functools.cache
+def sft_config(games: Path) -> Config:
+    path = games.with_name("tiny_sft.yaml")
+    path.write_text(SFT.format(games=games, epochs=5))
+    return configuration.load(path)
+
+
+@functools.cache
+def chat_rows(games: Path) -> list[dict]:
+    """Generated prompts and replies, as train_sft.py reads them."""
+    import train_sft
+
+    rows = [row["messages"] for row in train_sft.make_rows(sft_config(games))]
+    return [{"prompt": question["content"], "response": answer["content"]} for question, answer in rows]
+
+
+def corpus(games: Path) -> list[str]:
+    return [row["prompt"] + row["response"] for row in chat_rows(games)]
+
+
+@functools.cache
+def checkpoint(games: Path) -> Path:
+    """A tiny model some seconds into its cold start: most of its replies are well formed, most of its actions bad.
+
+    Its thoughts are one word long, and it sees each critique thrice: there is no time to learn more.
+    """
+    import model
+    import train_sft
+
+    join()
+    config = sft_config(games)
+    folder = games.with_name("tiny") / "checkpoints" / "000001"
+    actor = model.load_actor(config, corpus(games))
+    rows = [row | {"response": re.sub("<think>.*</think>", "<think>So.</think>", row["response"])}
+            for row in chat_rows(games) for _ in range(3 if row["prompt"].startswith("Role:") else 1)]  # fmt: skip
+    with contextlib.chdir(games.parent):
+        train_sft.train(actor, rows, config)
+    model.save_model(actor, folder)
+    return folder
+
+
+def rl_yaml(games: Path, folder: Path) -> Path:
+    """A config file in `folder` that trains the tiny checkpoint."""
+    path = folder / "rl.yaml"
+    path.write_text(RL.format(games=games, checkpoint=checkpoint(games)))
+    return path
+
+
+def rl_config(games: Path, *overrides: str) -> Config:
+    return configuration.load(rl_yaml(games, games.parent), overrides)
+
+
+def changed(config: Config, *overrides: str) -> Config:
+    """The config with `--set` overrides."""
+    with tempfile.TemporaryDirectory() as folder:
+        configuration.save(config, Path(folder) / "config.yaml")
+        return configuration.load(Path(folder) / "config.yaml", overrides)
+
+
+def join() -> None:
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    import model
+
+    if not dist.is_initialized():
+        os.environ.pop("MASTER_PORT", None)  # an earlier group's port may still be taken
+        model.join_ranks(Config())
+
+
+def command(script: str | Path, *arguments: str | Path, ranks: int = 1) -> list[str]:
+    """The command line of a script on so many ranks, with a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    return [sys.executable, *(torchrun if ranks > 1 else ()), str(ROOT / script), *map(str, arguments)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without the traces of its own process group."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | extra
+
+
+def run(script: str | Path, *arguments: str | Path, cwd: Path, ranks: int = 1, timeout: float = 240) -> str:
+    """Run a script to its end and return what it printed; fails with its stderr."""
+    done = subprocess.run(command(script, *arguments, ranks=ranks), cwd=cwd, env=environment(), timeout=timeout,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def copy(source: Path, target: Path) -> Path:
+    return Path(shutil.copytree(source, target, symlinks=True))
