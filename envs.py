@@ -74,8 +74,10 @@ def tasks(env_cfg: EnvConfig, level: str, phase: str) -> list[Task]:
         if solvable and "movable" not in trial and "Sliced" not in trial and trial.split("-")[0] in types
     ]
     if not found:
-        raise ConfigError(f"level {level} ({phase}) has no games of types {', '.join(types)} in "
-                          f"{data_folder(env_cfg) / 'json_2.1.1' / split}")  # fmt: skip
+        raise ConfigError(
+            f"level {level} ({phase}) has no games of types {', '.join(types)} in "
+            f"{data_folder(env_cfg) / 'json_2.1.1' / split}"
+        )
     return found
 
 
@@ -83,8 +85,10 @@ def data_folder(env_cfg: EnvConfig) -> Path:
     """The folder that holds json_2.1.1/: env.data, else $ALFWORLD_DATA. Raises ConfigError if neither is set."""
     folder = env_cfg.data or os.environ.get("ALFWORLD_DATA", "")
     if not folder:
-        raise ConfigError("no games: set $ALFWORLD_DATA (filled by `alfworld-download`) or env.data (filled by "
-                          "`python make_games.py --out DIR ...`)")  # fmt: skip
+        raise ConfigError(
+            "no games: set $ALFWORLD_DATA (filled by `alfworld-download`) or env.data (filled by "
+            "`python make_games.py --out DIR ...`)"
+        )
     return Path(folder)
 
 
@@ -94,8 +98,10 @@ def _scan(folder: Path, split: str) -> dict[str, bool]:
     root = folder / "json_2.1.1" / split
     trials = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/game.tw-pddl"))
     if not trials:
-        raise ConfigError(f"no games in {root}: fill it with `ALFWORLD_DATA={folder} alfworld-download` or "
-                          f"`python make_games.py --out {folder} ...`")  # fmt: skip
+        raise ConfigError(
+            f"no games in {root}: fill it with `ALFWORLD_DATA={folder} alfworld-download` or "
+            f"`python make_games.py --out {folder} ...`"
+        )
     cache = root.with_suffix(".index.json")
     try:
         known = json.loads(cache.read_text())

@@ -1,7 +1,7 @@
 """A checkpoint -> success per level and per task type, with intervals.
 
     python evaluate.py --ckpt runs/quickstart/checkpoints/latest
-    python evaluate.py --ckpt Qwen/Qwen2.5-1.5B-Instruct --config configs/qwen1.5b_gcd.yaml      # the paper's Vanilla row
+    python evaluate.py --ckpt Qwen/Qwen2.5-1.5B-Instruct --config configs/qwen1.5b_gcd.yaml     # the Vanilla row
     torchrun --nproc_per_node=8 evaluate.py --ckpt runs/qwen7b_gcd/checkpoints/latest
     python evaluate.py --table runs/quickstart_base runs/quickstart_sft runs/quickstart          # one table of several
 
@@ -22,12 +22,14 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import config as configuration  # before torch: it sets the number of threads
+
+# isort: split
 import numpy as np
 import torch.distributed as dist
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-import config as configuration
 import envs
 from config import Config, ConfigError
 from model import join_ranks, load_actor
@@ -67,8 +69,14 @@ def main() -> None:
     results, episodes = evaluate_levels(engine, config, rules, show=rank == 0)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        record = {"checkpoint": arguments.ckpt, "seconds": time.monotonic() - started, "guidelines": rules,
-                  "temperature": config.eval.temperature, "seeds": config.eval.seeds, "levels": results}  # fmt: skip
+        record = {
+            "checkpoint": arguments.ckpt,
+            "seconds": time.monotonic() - started,
+            "guidelines": rules,
+            "temperature": config.eval.temperature,
+            "seeds": config.eval.seeds,
+            "levels": results,
+        }
         (out / "eval.json").write_text(json.dumps(record, indent=1))
         with (out / "eval_episodes.jsonl").open("w") as file:
             file.writelines(json.dumps(episode.to_json()) + "\n" for episode in episodes)
@@ -91,19 +99,34 @@ def evaluate_levels(
             games = random.Random(0).sample(games, config.eval.games)
         share = slice(len(games) * rank // world, len(games) * (rank + 1) // world)
         mine = games[share]
-        pool = [envs.make_env(config.env) for _ in range(max(1, min(config.rollout.concurrency, len(mine) * config.eval.seeds)))]
-        with tqdm(total=len(mine) * config.eval.seeds, desc=level, unit=" episodes", disable=not show, mininterval=2) as bar:
+        pool = [
+            envs.make_env(config.env)
+            for _ in range(max(1, min(config.rollout.concurrency, len(mine) * config.eval.seeds)))
+        ]
+        with tqdm(
+            total=len(mine) * config.eval.seeds, desc=level, unit=" episodes", disable=not show, mininterval=2
+        ) as bar:
             episodes = collect(
-                engine, pool, mine, config, iteration=EVALUATION, first_group=share.start, members=config.eval.seeds,
-                temperature=config.eval.temperature, suggestions=rules, on_episode=lambda _: bar.update(),
-            )  # fmt: skip
+                engine,
+                pool,
+                mine,
+                config,
+                iteration=EVALUATION,
+                first_group=share.start,
+                members=config.eval.seeds,
+                temperature=config.eval.temperature,
+                suggestions=rules,
+                on_episode=lambda _: bar.update(),
+            )
         parts: list = [None] * world
         dist.all_gather_object(parts, episodes)
         episodes = [episode for part in parts for episode in part]
         expected = len(games) * config.eval.seeds
         if len(episodes) != expected:
-            raise RuntimeError(f"{level}: {expected - len(episodes)} of {expected} episodes were lost to failing "
-                               "environments; a success rate over the rest would not be the level's")  # fmt: skip
+            raise RuntimeError(
+                f"{level}: {expected - len(episodes)} of {expected} episodes were lost to failing "
+                "environments; a success rate over the rest would not be the level's"
+            )
         results[level] = summarise(episodes)
         everything += episodes
     return results, everything
@@ -123,7 +146,9 @@ def summarise(episodes: Sequence[Episode]) -> dict:
         "types": {name: rate(won) for name, won in sorted(by_type.items())},
         "by_seed": [float(np.mean(by_seed[seed])) for seed in sorted(by_seed)],
         "mean_steps": len(steps) / len(episodes),
-        "mean_steps_won": float(np.mean([len(e.steps) for e in episodes if e.won])) if any(e.won for e in episodes) else None,
+        "mean_steps_won": float(np.mean([len(e.steps) for e in episodes if e.won]))
+        if any(e.won for e in episodes)
+        else None,
         "invalid": float(np.mean([not step.valid for step in steps])),
         "unavailable": float(np.mean([not step.available for step in steps])),
         "repeats": repeats / len(steps),
@@ -147,8 +172,11 @@ def table(records: dict[str, dict], by_type: bool = False) -> str:
         if by_type:
             for level in levels:
                 result = record["levels"][level]
-                lines.append(f"\n{level}: {result['mean_steps']:.1f} steps per episode, {100 * result['invalid']:.1f} % malformed "
-                             f"replies, {100 * result['unavailable']:.1f} % unavailable actions, {100 * result['repeats']:.1f} % repeats")  # fmt: skip
+                shares = {key: f"{100 * result[key]:.1f} %" for key in ("invalid", "unavailable", "repeats")}
+                lines.append(
+                    f"\n{level}: {result['mean_steps']:.1f} steps per episode, {shares['invalid']} malformed replies, "
+                    f"{shares['unavailable']} unavailable actions, {shares['repeats']} repeats"
+                )
                 lines += [f"  {kind:<34}{summary_line(one)}" for kind, one in result["types"].items()]
     return "\n".join(lines)
 
@@ -166,7 +194,9 @@ def _run_folder(checkpoint: str) -> Path | None:
 def _config(arguments: argparse.Namespace, run: Path | None) -> Config:
     path = arguments.config or (run / "config.yaml" if run else None)
     if path is None:
-        raise ConfigError(f"{arguments.ckpt} is not a checkpoint of a run: say --config, for the environment and prompts")
+        raise ConfigError(
+            f"{arguments.ckpt} is not a checkpoint of a run: say --config, for the environment and prompts"
+        )
     config = configuration.load(path, arguments.set)
     given = {key: getattr(arguments, key) for key in ("levels", "games", "seeds", "temperature")}
     chosen = {key: tuple(value) if key == "levels" else value for key, value in given.items() if value is not None}

@@ -70,20 +70,20 @@ class Game:
     ids, which is the order TextWorld lists them in; locations are PDDL ids."""
 
     task_type: str
-    task: str                                   # the task sentence, as in the first observation
-    names: tuple[str, ...]                      # 17 -> "bed 1"
-    location_of: dict[int, str]                 # receptacle -> location, in order
+    task: str  # the task sentence, as in the first observation
+    names: tuple[str, ...]  # 17 -> "bed 1"
+    location_of: dict[int, str]  # receptacle -> location, in order
     receptacles_at: dict[str, tuple[int, ...]]  # location -> receptacles
     start: str
-    fits: dict[int, frozenset[int]]             # receptacle -> objects that may be put there (canContain)
-    static: dict[str, frozenset[int]]           # "openable", "pickupable", "heatable", ..., "fridge", "knife", ...
-    inside: dict[int, frozenset[int]]           # object -> objects in it (inReceptacleObject, never changes)
-    contents: dict[int, frozenset[int]]         # at the start: receptacle -> objects (inReceptacle)
-    lies_at: dict[int, frozenset[str]]          # at the start: object -> locations (objectAtLocation)
-    cool: frozenset[int]                        # at the start: isCool
+    fits: dict[int, frozenset[int]]  # receptacle -> objects that may be put there (canContain)
+    static: dict[str, frozenset[int]]  # "openable", "pickupable", "heatable", ..., "fridge", "knife", ...
+    inside: dict[int, frozenset[int]]  # object -> objects in it (inReceptacleObject, never changes)
+    contents: dict[int, frozenset[int]]  # at the start: receptacle -> objects (inReceptacle)
+    lies_at: dict[int, frozenset[str]]  # at the start: object -> locations (objectAtLocation)
+    cool: frozenset[int]  # at the start: isCool
     goal_objects: frozenset[int]
-    goal_receptacles: frozenset[int]            # empty for look_at_obj_in_light
-    goal_lamps: frozenset[int]                  # empty for the other task types
+    goal_receptacles: frozenset[int]  # empty for look_at_obj_in_light
+    goal_lamps: frozenset[int]  # empty for the other task types
 
 
 def task_sentence(game: dict) -> str:
@@ -145,8 +145,19 @@ def _parse(data: dict) -> Game:
     receptacles_at = defaultdict(tuple)
     for r, location in location_of.items():
         receptacles_at[location] += (r,)
-    static = {p: with_fact(p) for p in ("openable", "pickupable", "cleanable", "heatable", "coolable", "sliceable",
-                                        "toggleable", "isreceptacleobject")}
+    static = {
+        p: with_fact(p)
+        for p in (
+            "openable",
+            "pickupable",
+            "cleanable",
+            "heatable",
+            "coolable",
+            "sliceable",
+            "toggleable",
+            "isreceptacleobject",
+        )
+    }
     static["knife"] = with_fact("objecttype", "knifetype") | with_fact("objecttype", "butterknifetype")
     static |= {a: with_fact("receptacletype", f"{a}type") for _, a in CHANGES.values()}
     objects_of, types_in = defaultdict(set), defaultdict(set)
@@ -154,8 +165,9 @@ def _parse(data: dict) -> Game:
         objects_of[type_].add(number[id_])
     for receptacle_type, type_ in facts["cancontain"]:
         types_in[receptacle_type].add(type_)
-    fits = {number[r]: frozenset().union(*(objects_of[t] for t in types_in[type_]))
-            for r, type_ in facts["receptacletype"]}
+    fits = {
+        number[r]: frozenset().union(*(objects_of[t] for t in types_in[type_])) for r, type_ in facts["receptacletype"]
+    }
 
     goal_atoms = [(predicate, arguments.split()) for predicate, arguments in ATOM.findall(goal)]
     task_id = GOAL_PREDICATES.get(" ".join(sorted(predicate for predicate, _ in goal_atoms)))
@@ -163,12 +175,20 @@ def _parse(data: dict) -> Game:
         raise ValueError("the goal is none of the six task types (movable receptacles and slices are not supported)")
     types = {a[0]: a[1] for predicate, a in goal_atoms if predicate in ("objecttype", "receptacletype")}
     abilities = [static[predicate] for predicate, _ in goal_atoms if predicate in ("cleanable", "heatable", "coolable")]
-    (_, start), = facts["atlocation"]
+    ((_, start),) = facts["atlocation"]
     return Game(
-        task_type=TASK_TYPES[task_id], task=task, names=number_names(ids), location_of=location_of,
-        receptacles_at=dict(receptacles_at), start=start, fits=fits, static=static,
-        inside=grouped("inreceptacleobject", 1), contents=grouped("inreceptacle", 1),
-        lies_at=grouped("objectatlocation", 0, str), cool=with_fact("iscool"),
+        task_type=TASK_TYPES[task_id],
+        task=task,
+        names=number_names(ids),
+        location_of=location_of,
+        receptacles_at=dict(receptacles_at),
+        start=start,
+        fits=fits,
+        static=static,
+        inside=grouped("inreceptacleobject", 1),
+        contents=grouped("inreceptacle", 1),
+        lies_at=grouped("objectatlocation", 0, str),
+        cool=with_fact("iscool"),
         goal_objects=with_fact("objecttype", types.get("?o") or types["?o1"]).intersection(*abilities),
         goal_receptacles=with_fact("receptacletype", types["?r"]) if "?r" in types else frozenset(),
         goal_lamps=with_fact("objecttype", types["?ot"]) & static["toggleable"] if "?ot" in types else frozenset(),
@@ -190,8 +210,9 @@ class Play:
         self.lies_at = {obj: set(locations) for obj, locations in game.lies_at.items()}
         self.taken_from: set[tuple[int, int]] = set()  # TextWorld's not_inreceptacle facts: only `take` makes them
         self._commands: dict[str, tuple] | None = None
-        self.text = (f"-= Welcome to TextWorld, ALFRED! =-\n\n{self._look(game.location_of)}\n\n"
-                     f"Your task is to: {game.task}")
+        self.text = (
+            f"-= Welcome to TextWorld, ALFRED! =-\n\n{self._look(game.location_of)}\n\nYour task is to: {game.task}"
+        )
 
     def step(self, action: str) -> str:
         """Do one action and return the observation; any text that is not admissible does nothing."""
@@ -234,8 +255,9 @@ class Play:
             return self._commands
         names, static, held = self.game.names, self.game.static, self.held
         # Going where one already is changes nothing, so TextWorld's translator drops it.
-        found = {f"go to {names[r]}": ("go", r) for r, location in self.game.location_of.items()
-                 if location != self.location}
+        found = {
+            f"go to {names[r]}": ("go", r) for r, location in self.game.location_of.items() if location != self.location
+        }
         found |= {"help": ("help",), "inventory": ("inventory",), "look": ("look",)}
         for r in self.here:
             found[f"examine {names[r]}"] = ("examine receptacle", r)
@@ -315,12 +337,18 @@ class Play:
     def _look(self, seen_from_afar: Collection[int]) -> str:
         """From the middle of the room the intro sees all receptacles, and `look` nothing."""
         if not self.here:
-            return ("You are in the middle of a room. Looking quickly around you, you see "
-                    f"{self._listing(seen_from_afar)}.")
+            return (
+                f"You are in the middle of a room. Looking quickly around you, you see {self._listing(seen_from_afar)}."
+            )
         # "Next to it" lies what is at this location and was once taken from a receptacle here (and put into another);
         # the grammar says it once for each such receptacle.
-        floor = [obj for obj in sorted(self.lies_at) if self.location in self.lies_at[obj]
-                 for r in self.here if (obj, r) in self.taken_from]
+        floor = [
+            obj
+            for obj in sorted(self.lies_at)
+            if self.location in self.lies_at[obj]
+            for r in self.here
+            if (obj, r) in self.taken_from
+        ]
         return f"You are facing the {self._listing(self.here, '')}. Next to it, you see {self._listing(floor)}."
 
     def _examine_receptacle(self, r: int) -> str:
@@ -349,6 +377,7 @@ class Play:
 
 
 # The oracle: every sensible way to do the task, as a row of stops; the shortest one wins. ---------------------------
+
 
 class Stop(NamedTuple):
     """Something to do at a receptacle, which may have to be opened for it."""
@@ -394,8 +423,12 @@ def _puts(play: Play, obj: int, receptacles: Collection[int], on_the_way: set[st
     game, kinds = play.game, {}
     for r in receptacles:
         if obj in game.fits.get(r, ()):
-            kind = (game.location_of[r] in on_the_way and game.location_of[r], play.accessible(r),
-                    r in game.goal_receptacles, bool(play.contents[r] & game.goal_objects))
+            kind = (
+                game.location_of[r] in on_the_way and game.location_of[r],
+                play.accessible(r),
+                r in game.goal_receptacles,
+                bool(play.contents[r] & game.goal_objects),
+            )
             kinds.setdefault(kind, _put(play, obj, r))
     return list(kinds.values())
 
@@ -403,14 +436,23 @@ def _puts(play: Play, obj: int, receptacles: Collection[int], on_the_way: set[st
 def _routes(play: Play) -> Iterator[list[Stop]]:
     """The ways to do the task: with what is in hand and, once that is put away, with every other object there is."""
     game, held, names = play.game, play.held, play.game.names
-    takes = [(obj, Stop(r, f"take {names[obj]} from {names[r]}")) for r in game.location_of
-             for obj in sorted(play.contents[r] & game.goal_objects & game.static["pickupable"])]
-    lamps = [Stop(r, None if lamp in play.toggled else f"use {names[lamp]}", inside=False)
-             for r in game.location_of for lamp in sorted(play.contents[r] & game.goal_lamps)]
+    takes = [
+        (obj, Stop(r, f"take {names[obj]} from {names[r]}"))
+        for r in game.location_of
+        for obj in sorted(play.contents[r] & game.goal_objects & game.static["pickupable"])
+    ]
+    lamps = [
+        Stop(r, None if lamp in play.toggled else f"use {names[lamp]}", inside=False)
+        for r in game.location_of
+        for lamp in sorted(play.contents[r] & game.goal_lamps)
+    ]
     change = CHANGE_WANTED.get(game.task_type)
     appliances = sorted(game.static[CHANGES[change][1]]) if change else []
-    on_the_way = {play.location, *(game.location_of[r] for r in appliances),
-                  *(game.location_of[stop.receptacle] for stop in [take for _, take in takes] + lamps)}
+    on_the_way = {
+        play.location,
+        *(game.location_of[r] for r in appliances),
+        *(game.location_of[stop.receptacle] for stop in [take for _, take in takes] + lamps),
+    }
     away = [[]] if held is None else [[put] for put in _puts(play, held, game.location_of, on_the_way)]
     starts = [([], held)] if held in game.goal_objects else []
     starts += [(put_away + [take], obj) for put_away in away for obj, take in takes if obj != held]
@@ -418,8 +460,11 @@ def _routes(play: Play) -> Iterator[list[Stop]]:
         if game.task_type == TASK_TYPES[2]:
             yield from (stops + [lamp] for lamp in lamps)
             continue
-        changes = [[]] if play.ready(obj) else [
-            [Stop(r, f"{change} {names[obj]} with {names[r]}", inside=False)] for r in appliances]
+        changes = (
+            [[]]
+            if play.ready(obj)
+            else [[Stop(r, f"{change} {names[obj]} with {names[r]}", inside=False)] for r in appliances]
+        )
         if any(obj in play.contents[r] for r in game.goal_receptacles if not stops or r != stops[-1].receptacle):
             yield from (stops + made for made in changes)  # some objects are in two receptacles at once, also when held
         puts = _puts(play, obj, sorted(game.goal_receptacles), on_the_way)
@@ -433,6 +478,7 @@ def _routes(play: Play) -> Iterator[list[Stop]]:
 
 # The real engine, and the comparison with it. -----------------------------------------------------------------------
 
+
 def package_path() -> Path:
     """Where the alfworld package is installed. Found without importing it: its import makes a folder in $HOME."""
     spec = importlib.util.find_spec("alfworld")
@@ -444,8 +490,9 @@ def package_path() -> Path:
 def to_textworld(game: dict) -> dict:
     """A stored game as TextWorld should load it: its problem and task, with the installed package's domain and
     grammar (published games carry those of alfworld 0.3, which speak another dialect)."""
-    domain, grammar = ((package_path() / "data" / name).read_text(encoding="utf-8")
-                       for name in ("alfred.pddl", "alfred.twl2"))
+    domain, grammar = (
+        (package_path() / "data" / name).read_text(encoding="utf-8") for name in ("alfred.pddl", "alfred.twl2")
+    )
     return game | {"pddl_domain": domain, "grammar": grammar.replace("UNKNOWN GOAL.", task_sentence(game))}
 
 
@@ -473,13 +520,17 @@ def compare(job: tuple[str, int, int]) -> tuple[int, list[str]]:
     for step in range(steps + 1):
         if step:
             plan, dice = solve(play), rng.random()
-            action = (rng.choice(INVALID) if dice < 0.08 else plan[0] if plan and dice < 0.54 else
-                      rng.choice(play.actions))
+            action = (
+                rng.choice(INVALID) if dice < 0.08 else plan[0] if plan and dice < 0.54 else rng.choice(play.actions)
+            )
             state = env.step(action)[0]
             play.step(action)
-        for what, theirs, ours in (("text", state.feedback, play.text), ("won", bool(state["won"]), play.won),
-                                   ("actions", list(state["admissible_commands"]), play.actions),
-                                   ("done", bool(state["done"]) if step else play.won, play.won)):
+        for what, theirs, ours in (
+            ("text", state.feedback, play.text),
+            ("won", bool(state["won"]), play.won),
+            ("actions", list(state["admissible_commands"]), play.actions),
+            ("done", bool(state["done"]) if step else play.won, play.won),
+        ):
             if theirs != ours:
                 mismatches.append(f"{path} step {step} {action!r} {what}\n  textworld {theirs!r}\n  native    {ours!r}")
     return steps, mismatches
@@ -519,8 +570,11 @@ def main() -> None:
         raise SystemExit(f"no playable game.tw-pddl below {args.check}")
     began = time.time()
     steps, mismatches = check(paths, args.steps, args.seed, args.workers)
-    print(*mismatches, f"{len(paths)} games, {steps} steps: {len(mismatches)} mismatches, {time.time() - began:.0f} s",
-          sep="\n")
+    print(
+        *mismatches,
+        f"{len(paths)} games, {steps} steps: {len(mismatches)} mismatches, {time.time() - began:.0f} s",
+        sep="\n",
+    )
     raise SystemExit(1 if mismatches else 0)
 
 

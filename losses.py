@@ -85,8 +85,12 @@ def discounted_returns(reward_N: Tensor, trajectory_N: Tensor, gamma: float) -> 
 
 
 def group_normalise(
-    value_N: Tensor, key_N: Tensor, divide_by_std: bool = True, singleton: Literal["raw", "zero"] = "raw",
-    eps: float = 1e-6, trajectory_N: Tensor | None = None,
+    value_N: Tensor,
+    key_N: Tensor,
+    divide_by_std: bool = True,
+    singleton: Literal["raw", "zero"] = "raw",
+    eps: float = 1e-6,
+    trajectory_N: Tensor | None = None,
 ) -> Tensor:
     """(value - mean) / (std + eps) among the rows of equal key, std with ddof 1; without divide_by_std, value - mean.
 
@@ -209,8 +213,12 @@ def kl(logp_T: Tensor, ref_logp_T: Tensor, estimator: Literal["k1", "k2", "k3"])
 
 
 def aggregate(
-    loss_T: Tensor, row_T: Tensor, how: Literal["token", "sequence", "dr"],
-    tokens: int | None = None, rows: int | None = None, length: int | None = None,
+    loss_T: Tensor,
+    row_T: Tensor,
+    how: Literal["token", "sequence", "dr"],
+    tokens: int | None = None,
+    rows: int | None = None,
+    length: int | None = None,
 ) -> Tensor:
     """What these tokens contribute to the loss of an optimizer step, a scalar. The contributions of all micro-batches
     and ranks add up to it, however rows are dealt out; where ranks average their gradients, multiply by the world size.

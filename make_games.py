@@ -30,30 +30,63 @@ UNSEEN_FLOOR_PLANS = (10, 219, 308, 424)
 # Rates measured on 387 published games. --------------------------------------------------------------------------
 
 # Receptacles that `-openable.json` lacks: their number in a room whose object list names them.
-EXTRA_RECEPTACLES = {"StoveBurner": (4, 4), "GarbageCan": (1, 1), "Toaster": (1, 1), "CoffeeMachine": (1, 1),
-                     "HandTowelHolder": (1, 2), "TowelHolder": (1, 2), "ToiletPaperHanger": (1, 1),
-                     "LaundryHamper": (1, 1), "Toilet": (1, 1)}
+EXTRA_RECEPTACLES = {
+    "StoveBurner": (4, 4),
+    "GarbageCan": (1, 1),
+    "Toaster": (1, 1),
+    "CoffeeMachine": (1, 1),
+    "HandTowelHolder": (1, 2),
+    "TowelHolder": (1, 2),
+    "ToiletPaperHanger": (1, 1),
+    "LaundryHamper": (1, 1),
+    "Toilet": (1, 1),
+}
 # Receptacles that it lists only in part: the highest number that it may be short of.
-SHORT_OF = {"Kitchen": {"Cabinet": 6, "Drawer": 2}, "LivingRoom": {"Drawer": 1, "Shelf": 1},
-            "Bedroom": {"Drawer": 2}, "Bathroom": {"Drawer": 1}}
+SHORT_OF = {
+    "Kitchen": {"Cabinet": 6, "Drawer": 2},
+    "LivingRoom": {"Drawer": 1, "Shelf": 1},
+    "Bedroom": {"Drawer": 2},
+    "Bathroom": {"Drawer": 1},
+}
 # How many things lie in a receptacle, relative to the others (1 unless named).
-CLUTTER = {"DiningTable": 12, "CounterTop": 7, "Desk": 6, "Bed": 4, "Dresser": 4, "Fridge": 4, "TVStand": 4,
-           "CoffeeTable": 3.5, "Cart": 3.5, "Sofa": 3, "SideTable": 2.5, "Toilet": 2.3, "SinkBasin": 1.5,
-           "Cabinet": 0.45, "Drawer": 0.5, "StoveBurner": 0.6, "CoffeeMachine": 0.4, "ToiletPaperHanger": 0.3}
+CLUTTER = {
+    "DiningTable": 12,
+    "CounterTop": 7,
+    "Desk": 6,
+    "Bed": 4,
+    "Dresser": 4,
+    "Fridge": 4,
+    "TVStand": 4,
+    "CoffeeTable": 3.5,
+    "Cart": 3.5,
+    "Sofa": 3,
+    "SideTable": 2.5,
+    "Toilet": 2.3,
+    "SinkBasin": 1.5,
+    "Cabinet": 0.45,
+    "Drawer": 0.5,
+    "StoveBurner": 0.6,
+    "CoffeeMachine": 0.4,
+    "ToiletPaperHanger": 0.3,
+}
 TARGET_COUNTS = (1, 2, 3, 4), (30, 29, 21, 20)  # instances of the wanted object, with their weights
-OTHER_COUNTS = (1, 2, 3)                         # of any other object that can be picked up
+OTHER_COUNTS = (1, 2, 3)  # of any other object that can be picked up
 FIXTURE_COUNTS = {"StoveKnob": 4, "Window": 2, "Chair": 2, "Painting": 2}  # of one that cannot, 1 unless named
 # Fixtures that stand in a receptacle (VAL_RECEPTACLE_OBJECTS knows only what can be picked up).
-STANDS = {"DeskLamp": ("Desk", "SideTable", "Dresser", "Shelf", "CoffeeTable"),
-          "Television": ("TVStand", "Dresser", "SideTable"),
-          "HousePlant": ("SideTable", "CounterTop", "CoffeeTable", "DiningTable", "Shelf", "Dresser", "Desk")}
-COLD = 0.08            # how often a thing in a fridge is cold from the start
-PARTLY_DONE = 0.15     # pick_two: how often one of the two may already be in place
+STANDS = {
+    "DeskLamp": ("Desk", "SideTable", "Dresser", "Shelf", "CoffeeTable"),
+    "Television": ("TVStand", "Dresser", "SideTable"),
+    "HousePlant": ("SideTable", "CounterTop", "CoffeeTable", "DiningTable", "Shelf", "Dresser", "Desk"),
+}
+COLD = 0.08  # how often a thing in a fridge is cold from the start
+PARTLY_DONE = 0.15  # pick_two: how often one of the two may already be in place
 
 # What each task asks for, and of which appliance.
-ABILITY = {"pick_clean_then_place_in_recep": ("Cleanable", "SinkBasin"),
-           "pick_heat_then_place_in_recep": ("Heatable", "Microwave"),
-           "pick_cool_then_place_in_recep": ("Coolable", "Fridge")}
+ABILITY = {
+    "pick_clean_then_place_in_recep": ("Cleanable", "SinkBasin"),
+    "pick_heat_then_place_in_recep": ("Heatable", "Microwave"),
+    "pick_cool_then_place_in_recep": ("Coolable", "Fridge"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +106,13 @@ def package() -> dict:
     constants = runpy.run_path(str(root / "gen/constants.py"))
     holds = {k: tuple(sorted(v)) for k, v in constants["VAL_RECEPTACLE_OBJECTS"].items()}
     return {
-        "holds": holds, "pickupable": frozenset().union(*holds.values()),
+        "holds": holds,
+        "pickupable": frozenset().union(*holds.values()),
         "able": {k: frozenset(v) for k, v in constants["VAL_ACTION_OBJECTS"].items()},
         "openable": frozenset(constants["OPENABLE_CLASS_LIST"]),
         "containers": frozenset(constants["MOVABLE_RECEPTACLES"]),
-        "rooms_for": constants["GOALS_VALID"], "room_kinds": constants["SCENE_TYPE"],
+        "rooms_for": constants["GOALS_VALID"],
+        "room_kinds": constants["SCENE_TYPE"],
         "goals": runpy.run_path(str(root / "gen/goal_library.py"))["gdict"],
         "domain": (root / "data/alfred.pddl").read_text(encoding="utf-8"),
         "grammar": (root / "data/alfred.twl2").read_text(encoding="utf-8"),
@@ -85,7 +120,7 @@ def package() -> dict:
 
 
 def type_of(id_: str) -> str:
-    """"Sink|-00.70|+00.93|-00.65|SinkBasin" -> "SinkBasin", "Bed|+01.00|..." -> "Bed"."""
+    """ "Sink|-00.70|+00.93|-00.65|SinkBasin" -> "SinkBasin", "Bed|+01.00|..." -> "Bed"."""
     return id_.rsplit("|", 1)[-1] if id_.endswith("Basin") else id_.split("|", 1)[0]
 
 
@@ -106,8 +141,10 @@ def rooms() -> tuple[Room, ...]:
         number = int(re.search(r"\d+", path.name)[0])
         kind = next(k for k, numbers in package()["room_kinds"].items() if number in numbers)
         listed = json.loads(path.with_name(f"FloorPlan{number}-objects.json").read_text())
-        receptacles = {id_: f"loc|{x * 4:.0f}|{z * 4:.0f}|{turn // 90}|{tilt}"
-                       for id_, (x, z, turn, tilt) in json.loads(path.read_text()).items()}
+        receptacles = {
+            id_: f"loc|{x * 4:.0f}|{z * 4:.0f}|{turn // 90}|{tilt}"
+            for id_, (x, z, turn, tilt) in json.loads(path.read_text()).items()
+        }
         rng, taken, places = random.Random(f"floor plan {number}"), set(receptacles), sorted(receptacles.values())
         present = {type_of(r) for r in receptacles}
         extra = {t: rng.randint(*n) for t, n in EXTRA_RECEPTACLES.items() if t in listed and t not in present}
@@ -116,9 +153,16 @@ def rooms() -> tuple[Room, ...]:
             for _ in range(count):
                 _, x, z, turn, tilt = rng.choice(places).split("|")
                 receptacles[new_id(rng, type_, taken)] = (
-                    f"loc|{int(x) + rng.randint(-2, 2)}|{int(z) + rng.randint(-2, 2)}|{turn}|{tilt}")
-        made.append(Room(number, kind, receptacles, tuple(sorted(t for t in listed if t not in package()["holds"]
-                                                                 or t in package()["containers"]))))
+                    f"loc|{int(x) + rng.randint(-2, 2)}|{int(z) + rng.randint(-2, 2)}|{turn}|{tilt}"
+                )
+        made.append(
+            Room(
+                number,
+                kind,
+                receptacles,
+                tuple(sorted(t for t in listed if t not in package()["holds"] or t in package()["containers"])),
+            )
+        )
     return tuple(sorted(made, key=lambda room: room.number))
 
 
@@ -145,8 +189,7 @@ def goals_in(room: Room, task_type: str) -> dict[str, tuple[str, ...]]:
 
 def holds(receptacle_type: str, object_type: str) -> bool:
     """Whether things of a type may lie in receptacles of a type."""
-    return (object_type in package()["holds"].get(receptacle_type, ())
-            or receptacle_type in STANDS.get(object_type, ()))
+    return object_type in package()["holds"].get(receptacle_type, ()) or receptacle_type in STANDS.get(object_type, ())
 
 
 class Task(NamedTuple):
@@ -187,10 +230,11 @@ def object_types(rng: random.Random, task: Task, receptacles: Sequence[str], lim
         placeable = any(holds(r, type_) for r in receptacle_types)
         if type_ in needed or not placeable and (limit or type_ in package()["pickupable"]):
             continue  # what stands nowhere is never seen: such fixtures are only there for the real games' size
-        others += [type_] * (rng.choice(OTHER_COUNTS) if type_ in package()["pickupable"] else
-                             FIXTURE_COUNTS.get(type_, 1))
+        others += [type_] * (
+            rng.choice(OTHER_COUNTS) if type_ in package()["pickupable"] else FIXTURE_COUNTS.get(type_, 1)
+        )
     rng.shuffle(others)
-    return needed + (others if limit is None else others[:limit - len(needed)])
+    return needed + (others if limit is None else others[: limit - len(needed)])
 
 
 def place(rng: random.Random, task: Task, types: Sequence[str], receptacles: Sequence[str]) -> dict[str, str | None]:
@@ -207,14 +251,15 @@ def place(rng: random.Random, task: Task, types: Sequence[str], receptacles: Seq
 
 
 def pddl_id(id_: str) -> str:
-    """"Bed|+01.00|-00.50" -> "Bed_bar__plus_01_dot_00_bar__minus_00_dot_50"."""
+    """ "Bed|+01.00|-00.50" -> "Bed_bar__plus_01_dot_00_bar__minus_00_dot_50"."""
     for char, word in (("|", "_bar_"), ("+", "_plus_"), ("-", "_minus_"), (".", "_dot_"), (",", "_comma_")):
         id_ = id_.replace(char, word)
     return id_
 
 
-def pddl_problem(rng: random.Random, task: Task, receptacles: Sequence[str], placed: dict[str, str | None],
-                 goal: str) -> str:
+def pddl_problem(
+    rng: random.Random, task: Task, receptacles: Sequence[str], placed: dict[str, str | None], goal: str
+) -> str:
     """The PDDL problem, objects, initial state and goal, in the words of the published games."""
     able, known, location_of = package()["able"], package(), task.room.receptacles
     places = sorted({location_of[r] for r in receptacles})
@@ -249,12 +294,21 @@ def pddl_problem(rng: random.Random, task: Task, receptacles: Sequence[str], pla
     return "\n".join([*lines, f"(atLocation agent1 {pddl_id(start)})", ")", goal])
 
 
-def make_game(split: str, index: int, seed: int, types: Sequence[str] = tuple(TASK_TYPES.values()),
-              receptacles: int | None = None, objects: int | None = None) -> tuple[dict, dict]:
+def make_game(
+    split: str,
+    index: int,
+    seed: int,
+    types: Sequence[str] = tuple(TASK_TYPES.values()),
+    receptacles: int | None = None,
+    objects: int | None = None,
+) -> tuple[dict, dict]:
     """One game: the contents of its game.tw-pddl and of its traj_data.json. The arguments alone decide it."""
     rng, task_type = random.Random(f"{seed}/{split}/{index}"), types[index % len(types)]
-    choices = [room for room in rooms() if (room.number in UNSEEN_FLOOR_PLANS) == (split == "unseen")
-               and goals_in(room, task_type)]
+    choices = [
+        room
+        for room in rooms()
+        if (room.number in UNSEEN_FLOOR_PLANS) == (split == "unseen") and goals_in(room, task_type)
+    ]
     library = package()["goals"][task_type]
     for _ in range(100):
         room = rng.choice(choices)
@@ -264,27 +318,41 @@ def make_game(split: str, index: int, seed: int, types: Sequence[str] = tuple(TA
         kept = kept_receptacles(rng, task, receptacles)
         placed = place(rng, task, object_types(rng, task, kept, objects), kept)
         sentence = rng.choice(library["templates"]).format(**{k: v.lower() for k, v in target.items()})
-        game = {"pddl_domain": package()["domain"],
-                "grammar": package()["grammar"].replace("UNKNOWN GOAL", sentence),
-                "pddl_problem": pddl_problem(rng, task, kept, placed,
-                                             library["pddl"].replace("#", "-").format(**target)),
-                "solvable": True}
+        game = {
+            "pddl_domain": package()["domain"],
+            "grammar": package()["grammar"].replace("UNKNOWN GOAL", sentence),
+            "pddl_problem": pddl_problem(rng, task, kept, placed, library["pddl"].replace("#", "-").format(**target)),
+            "solvable": True,
+        }
         if plan := solve(parse(game)):  # neither impossible (None) nor won from the start ([])
             break
     else:
         raise RuntimeError(f"no {task_type} game in 100 tries ({split} {index}, seed {seed})")
     return game | {"walkthrough": plan}, {
-        "task_id": f"trial_T{seed}_{index:06d}", "task_type": task_type,
-        "pddl_params": {"object_target": obj, "parent_target": target["recep"], "toggle_target": target["toggle"],
-                        "mrecep_target": "", "object_sliced": False},
+        "task_id": f"trial_T{seed}_{index:06d}",
+        "task_type": task_type,
+        "pddl_params": {
+            "object_target": obj,
+            "parent_target": target["recep"],
+            "toggle_target": target["toggle"],
+            "mrecep_target": "",
+            "object_sliced": False,
+        },
         "scene": {"floor_plan": f"FloorPlan{room.number}", "scene_num": room.number},
         "turk_annotations": {"anns": [{"task_desc": sentence}]},
     }
 
 
-def make_games(out: str | Path, train: int, seen: int, unseen: int, seed: int,
-               types: Sequence[str | int] = tuple(TASK_TYPES), receptacles: int | None = None,
-               objects: int | None = None) -> dict[str, list[Path]]:
+def make_games(
+    out: str | Path,
+    train: int,
+    seen: int,
+    unseen: int,
+    seed: int,
+    types: Sequence[str | int] = tuple(TASK_TYPES),
+    receptacles: int | None = None,
+    objects: int | None = None,
+) -> dict[str, list[Path]]:
     """Write the games below `out` and return their files by split. Asked again for the same, it reuses them; a folder
     that holds anything else is refused."""
     names = [TASK_TYPES.get(int(t)) if str(t).isdigit() else t for t in types]
@@ -301,8 +369,10 @@ def make_games(out: str | Path, train: int, seen: int, unseen: int, seed: int,
     asked = counts | {"seed": seed, "types": names, "receptacles": receptacles, "objects": objects}
     held = json.loads(record.read_text()) if record.exists() else None
     if (held is None and root.exists()) or (held is not None and held["asked"] != asked):
-        raise FileExistsError(f"{out} already holds other games ({held['asked'] if held else 'not made here'}), "
-                              f"asked for are {asked}: choose another folder, or remove that one")
+        raise FileExistsError(
+            f"{out} already holds other games ({held['asked'] if held else 'not made here'}), "
+            f"asked for are {asked}: choose another folder, or remove that one"
+        )
     if held is None or not held["complete"]:  # an interrupted run starts over: the games come out the same
         out.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"asked": asked, "complete": False}, indent=1))
@@ -311,8 +381,10 @@ def make_games(out: str | Path, train: int, seen: int, unseen: int, seed: int,
             for index in range(count):
                 game, traj = make_game(split, index, seed, names, receptacles, objects)
                 params = traj["pddl_params"]
-                task = (f"{traj['task_type']}-{params['object_target']}-None-"
-                        f"{params['parent_target'] or params['toggle_target']}-{traj['scene']['scene_num']}")
+                task = (
+                    f"{traj['task_type']}-{params['object_target']}-None-"
+                    f"{params['parent_target'] or params['toggle_target']}-{traj['scene']['scene_num']}"
+                )
                 folder = root / SPLITS[split] / task / traj["task_id"]
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "traj_data.json").write_text(json.dumps(traj, indent=1))

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
@@ -55,7 +54,7 @@ class Actor:
         return self.tokenizer(chat_text, add_special_tokens=False)["input_ids"]
 
     def encode_reply(self, text: str) -> list[int]:
-        """Token ids of a reply, closed by the end-of-turn token (for supervised rows; sampled ids are never re-made)."""
+        """Token ids of a reply, closed by the end-of-turn token; for supervised rows alone."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -166,8 +165,10 @@ def load_tokenizer(path: str) -> Any:
         expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROBE, add_special_tokens=False).ids
         found = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         if found != expected:
-            raise ConfigError(f"{path}: transformers reads the tokenizer as {len(found)} tokens, tokenizer.json as "
-                              f"{len(expected)}, for the same text; the model would see garbage")  # fmt: skip
+            raise ConfigError(
+                f"{path}: transformers reads the tokenizer as {len(found)} tokens, tokenizer.json as "
+                f"{len(expected)}, for the same text; the model would see garbage"
+            )
     return tokenizer
 
 
@@ -178,7 +179,7 @@ def load_tokenizer(path: str) -> Any:
 def build_tiny(config: Config, corpus: Sequence[str]) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
     """A Qwen2 model with random weights and a tokenizer trained on `corpus`, both determined by corpus and seed."""
     if not corpus:
-        raise ConfigError('model.path=tiny needs text to train its tokenizer on; train it with train_sft.py first')
+        raise ConfigError("model.path=tiny needs text to train its tokenizer on; train it with train_sft.py first")
     tokenizer = build_tokenizer(corpus, config.model.tiny_vocab)
     sizes = config.model
     shape = Qwen2Config(
@@ -352,13 +353,16 @@ def token_logprobs(
     parts = []
     for hidden_C, target_C in zip(hidden_T.split(LOGIT_CHUNK), target_T.split(LOGIT_CHUNK), strict=True):
         recompute = torch.is_grad_enabled() and len(hidden_T) > LOGIT_CHUNK
-        parts.append(checkpoint(score, hidden_C, target_C, use_reentrant=False) if recompute else score(hidden_C, target_C))
-    logp, entropy = zip(*parts, strict=True)
-    return torch.cat(logp), torch.cat(entropy)
+        part = checkpoint(score, hidden_C, target_C, use_reentrant=False) if recompute else score(hidden_C, target_C)
+        parts.append(part)
+    logps, entropies = zip(*parts, strict=True)  # not `entropy`: score() reads that again in the backward pass
+    return torch.cat(logps), torch.cat(entropies)
 
 
 @torch.no_grad()
-def all_logprobs(model: torch.nn.Module, rows: Sequence[Row], max_tokens: int, packed: bool, temperature: float) -> list:
+def all_logprobs(
+    model: torch.nn.Module, rows: Sequence[Row], max_tokens: int, packed: bool, temperature: float
+) -> list[np.ndarray]:
     """Log-probs of every row's response tokens without gradient: a list of float32 arrays, in the order of `rows`."""
     result: list[Any] = [None] * len(rows)
     for group in micro_batches(rows, max_tokens, packed):
@@ -382,7 +386,9 @@ def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float, betas
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
-def save_model(actor: Actor, folder: Path, extra: dict[str, Any] | None = None, state: dict[str, Any] | None = None) -> None:
+def save_model(
+    actor: Actor, folder: Path, extra: dict[str, Any] | None = None, state: dict[str, Any] | None = None
+) -> None:
     """Write a Hugging Face folder that transformers and vLLM load as it is, all of it or nothing.
 
     `extra` maps file names to JSON content; `state` (optimizer, iteration, ...) goes to trainer/state.pt.

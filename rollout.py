@@ -1,8 +1,8 @@
 """Rollouts: the generation engine beside the trainer, its weight sync and canary, and the multi-turn collector.
 
-The engine knows token ids only: prompts in, sampled ids and their log-probs out, and these are the truth that is trained
-on.  vLLM runs in the trainer's own process, one engine per rank; where it is not installed, transformers serves the
-same job more slowly.
+The engine knows token ids only: prompts in, sampled ids and their log-probs out, and these are the truth that is
+trained on.  vLLM runs in the trainer's own process, one engine per rank; where it is not installed, transformers
+serves the same job more slowly.
 
 Collection is continuous: an episode's next request is queued the moment its environment has answered, and a finished
 episode's place is taken by the next, so the engine's batch stays full.  The sampling seed of a reply depends on (run
@@ -286,8 +286,10 @@ def make_engine(config: Config, actor: Actor, folder: str) -> Engine:
     kind = config.rollout.engine
     installed = importlib.util.find_spec("vllm") is not None
     if kind == "vllm" and not installed:
-        raise ConfigError("rollout.engine=vllm, but vLLM is not installed: pip install -r requirements.txt (CPU: make "
-                          "venv), or use rollout.engine=transformers, which is slower")  # fmt: skip
+        raise ConfigError(
+            "rollout.engine=vllm, but vLLM is not installed: pip install -r requirements.txt (CPU: make "
+            "venv), or use rollout.engine=transformers, which is slower"
+        )
     if kind == "transformers" or not installed:
         return TransformersEngine(actor, config.rollout.concurrency)
     engine = VllmEngine(actor, folder, config)
@@ -356,36 +358,111 @@ def collect(
     `envs` are as many episodes as may be in flight at once. `first_group` numbers the groups across ranks. `counts`
     receives "restarted" and "discarded" episodes. Raises ValueError if a prompt without history exceeds the limit.
     """
+    collector = _Collector(
+        engine,
+        config,
+        iteration,
+        config.rollout.temperature if temperature is None else temperature,
+        suggestions,
+        Counter() if counts is None else counts,
+        on_episode,
+        deque(envs),
+        ThreadPoolExecutor(max_workers=len(envs)) if envs[0].threaded else None,
+    )
     members = config.rollout.group_size if members is None else members
-    temperature = config.rollout.temperature if temperature is None else temperature
-    counts = Counter() if counts is None else counts
-    waiting = deque(
+    return collector.run(
         Episode(task, first_group + index, member) for index, task in enumerate(tasks) for member in range(members)
     )
-    idle = deque(envs)
-    generating: dict[str, _Play] = {}
-    acting: dict[Future, _Play] = {}
-    finished: list[Episode] = []
-    threads = ThreadPoolExecutor(max_workers=len(envs)) if envs[0].threaded else None
 
-    def call(play: _Play, function: Callable, *arguments: Any) -> None:
-        """Let the environment act: in a thread if it is slow, else here and now; absorbed below either way."""
-        if threads:
-            acting[threads.submit(function, *arguments)] = play
-            return
-        future: Future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        acting[future] = play
 
-    def request(play: _Play) -> None:
+@dataclass
+class _Collector:
+    """One collect() call: which episodes wait for the model, and which for their environment."""
+
+    engine: Engine
+    config: Config
+    iteration: int
+    temperature: float
+    suggestions: Sequence[str]
+    counts: Counter
+    on_episode: Callable[[Episode], None]
+    idle: deque  # environments without an episode
+    threads: ThreadPoolExecutor | None  # for slow environments
+    generating: dict[str, _Play] = field(default_factory=dict)
+    acting: dict[Future, _Play] = field(default_factory=dict)
+    finished: list[Episode] = field(default_factory=list)
+
+    def run(self, episodes: Iterable[Episode]) -> list[Episode]:
+        """Play all episodes to their end."""
+        waiting = deque(episodes)
+        while waiting or self.generating or self.acting:
+            while waiting and self.idle:
+                play = _Play(waiting.popleft(), self.idle.popleft())
+                self.act(play, play.env.reset, play.episode.task)
+            while answered := [future for future in self.acting if future.done()]:
+                for future in answered:
+                    self.absorb(future, self.acting.pop(future))
+            if self.generating:
+                for name, sample in self.engine.poll():
+                    play = self.generating.pop(name)
+                    play.sample, play.response = sample, self.engine.actor.decode(sample.ids)
+                    play.reply = prompts.parse_reply(play.response, self.config.prompt_style, self.config.env.name)
+                    self.act(play, play.env.step, play.reply.action)
+            elif self.acting:
+                wait(self.acting, return_when=FIRST_COMPLETED)
+        if self.threads:
+            self.threads.shutdown()
+        return sorted(self.finished, key=lambda episode: (episode.group, episode.member))
+
+    def act(self, play: _Play, function: Callable, *arguments: Any) -> None:
+        """Let the environment act: in a thread if it is slow, else here and now; absorbed later either way."""
+        if self.threads:
+            future = self.threads.submit(function, *arguments)
+        else:
+            future = Future()
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
+        self.acting[future] = play
+
+    def absorb(self, future: Future, play: _Play) -> None:
+        """Take in what the environment answered to a reset or an action, and ask the model for the next reply."""
+        episode = play.episode
+        if error := future.exception():  # an environment may die in any way
+            return self.recover(play, error)
+        seen = future.result()
+        if play.sample is not None:
+            episode.steps.append(_step(play, seen, self.config))
+            play.sample = None
+        play.observation = seen
+        if seen.done or len(episode.steps) >= self.config.env.max_steps:
+            episode.won, episode.score = seen.won, seen.score
+            self.finished.append(episode)
+            self.on_episode(episode)
+            self.idle.append(play.env)
+        else:
+            self.request(play)
+
+    def recover(self, play: _Play, error: BaseException) -> None:
+        """Replay an episode whose environment failed, with the same seeds; after a second failure discard it."""
+        again = play.attempt == 0
+        self.counts["restarted" if again else "discarded"] += 1
+        warnings.warn(f"{play.episode.task.id}: environment failed ({type(error).__name__}: {error})", stacklevel=2)
+        play.env.restart()
+        if again:
+            play.episode.steps.clear()
+            play.attempt, play.sample = 1, None
+            self.act(play, play.env.reset, play.episode.task)
+        else:
+            self.idle.append(play.env)
+
+    def request(self, play: _Play) -> None:
         """Queue the model's next reply."""
-        steps, seen = play.episode.steps, play.observation
+        config, steps, seen = self.config, play.episode.steps, play.observation
         recent = steps[-config.env.history :] if config.env.history else []
         play.prompt, play.prompt_ids = prompts.fit_prompt(
-            engine.actor.encode,
+            self.engine.actor.encode,
             config.rollout.max_prompt_tokens,
             env=config.env.name,
             task=seen.task,
@@ -393,60 +470,13 @@ def collect(
             actions=seen.actions,
             history=[(step.observation, step.action) for step in recent],
             step=len(steps),
-            suggestions=suggestions,
+            suggestions=self.suggestions,
         )
-        key = (config.seed, iteration, play.episode.group, play.episode.member, len(steps))
-        sampling = Sampling(temperature, config.rollout.max_response_tokens, stable_seed(*key))
+        seed = stable_seed(config.seed, self.iteration, play.episode.group, play.episode.member, len(steps))
+        sampling = Sampling(self.temperature, config.rollout.max_response_tokens, seed)
         name = f"{play.episode.group}-{play.episode.member}-{len(steps)}-{play.attempt}"
-        generating[name] = play
-        engine.submit(name, play.prompt_ids, sampling)
-
-    def absorb(future: Future, play: _Play) -> None:
-        """Take in what the environment answered to a reset or an action."""
-        episode = play.episode
-        try:
-            seen = future.result()
-        except Exception as error:  # an environment may die in any way
-            counts["restarted" if play.attempt == 0 else "discarded"] += 1
-            warnings.warn(f"{episode.task.id}: environment failed ({type(error).__name__}: {error})", stacklevel=2)
-            episode.steps.clear()
-            play.env.restart()
-            if play.attempt == 0:
-                play.attempt, play.sample = 1, None
-                call(play, play.env.reset, episode.task)
-            else:
-                idle.append(play.env)
-            return
-        if play.sample is not None:
-            episode.steps.append(_step(play, seen, config))
-            play.sample = None
-        play.observation = seen
-        if seen.done or len(episode.steps) >= config.env.max_steps:
-            episode.won, episode.score = seen.won, seen.score
-            finished.append(episode)
-            on_episode(episode)
-            idle.append(play.env)
-        else:
-            request(play)
-
-    while waiting or generating or acting:
-        while waiting and idle:
-            play = _Play(waiting.popleft(), idle.popleft())
-            call(play, play.env.reset, play.episode.task)
-        while ready := [future for future in acting if future.done()]:
-            for future in ready:
-                absorb(future, acting.pop(future))
-        if generating:
-            for name, sample in engine.poll():
-                play = generating.pop(name)
-                play.sample, play.response = sample, engine.actor.decode(sample.ids)
-                play.reply = prompts.parse_reply(play.response, config.prompt_style, config.env.name)
-                call(play, play.env.step, play.reply.action)
-        elif acting:
-            wait(acting, return_when=FIRST_COMPLETED)
-    if threads:
-        threads.shutdown()
-    return sorted(finished, key=lambda episode: (episode.group, episode.member))
+        self.generating[name] = play
+        self.engine.submit(name, play.prompt_ids, sampling)
 
 
 def _step(play: _Play, after: Observation, config: Config) -> Step:

@@ -5,9 +5,9 @@
     python train_rl.py configs/quickstart.yaml --dry-run
 
 Every iteration: sample tasks, collect episodes, label some steps and ask the actor to judge them, turn both into
-advantages, update on L = L_GRPO + judge.weight L_GCD (paper, equation 3), give the engine the new weights, log, evaluate,
-save. Each rank plays whole groups with an engine of its own; then every rank sees every row, and each mini-batch is
-dealt out to the ranks by tokens.  The same command resumes a run from its last checkpoint.
+advantages, update on L = L_GRPO + judge.weight L_GCD (paper, equation 3), give the engine the new weights, evaluate,
+log, save. Each rank plays whole groups with an engine of its own; then every rank sees every row, and each mini-batch
+is dealt out to the ranks by tokens.  The same command resumes a run from its last checkpoint.
 
 Departures from published code: no row is deleted or duplicated to make a batch divide, since mini-batches are weighted
 by their tokens; means are over the tokens of the whole mini-batch, not of a micro-batch; a row whose loss is exactly 0
@@ -16,7 +16,6 @@ by their tokens; means are over the tokens of the whole mini-batch, not of a mic
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import time
@@ -25,13 +24,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import config as configuration  # before torch: it sets the number of threads
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-import config as configuration
 import envs
 import judge
 import losses
@@ -62,56 +63,52 @@ def main() -> None:
     arguments = command.parse_args()
     config = configuration.load(arguments.config, arguments.set)
     if arguments.dry_run:
-        return print(dry_run(config))
+        print(dry_run(config))
+        return
     rank, world = join_ranks(config)
     configuration.check_world(config, world)
     train_tasks = envs.tasks(config.env, config.env.level, "train")
-
     checkpoint, state = find_checkpoint(config)
-    actor = load_actor(config, path=str(checkpoint) if checkpoint else config.model.path)
-    reference = None
-    if config.algo.kl > 0:
-        reference = load_actor(config).model if checkpoint else copy.deepcopy(actor.model)
+    folder = str(checkpoint or config.model.path)
+    actor = load_actor(config, path=folder)
+    reference = load_actor(config).model if config.algo.kl > 0 else None  # the initial model, also after a resume
     optimizer = make_optimizer(actor.model, config.train.lr, config.train.weight_decay, config.train.betas)
-    start, advice, rules = 0, [], []
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        start, advice, rules = state["iteration"], state["advice"], state["rules"]
-    engine = make_engine(config, actor, str(checkpoint) if checkpoint else config.model.path)
-    own_groups = config.rollout.groups // world
-    pool = [envs.make_env(config.env) for _ in range(min(config.rollout.concurrency, own_groups * config.rollout.group_size))]
+    start, advice, rules = (state[key] for key in ("iteration", "advice", "rules")) if state else (0, [], [])
+    engine = make_engine(config, actor, folder)
+    own_groups, own_questions = config.rollout.groups // world, config.judge.questions // world
+    in_flight = min(config.rollout.concurrency, own_groups * config.rollout.group_size)
+    pool = [envs.make_env(config.env) for _ in range(in_flight)]
     log = Log(config, start) if rank == 0 else None
 
     for iteration in range(start, config.train.iterations):
-        clock = Clock()
+        clock, counts = Clock(), Counter()
         rng = random.Random(f"{config.seed} {iteration} {rank}")
 
         # ---- Sample tasks: the same for every world size; this rank plays its share of the groups
-        tasks = sample_tasks(train_tasks, config, iteration)[rank * own_groups : (rank + 1) * own_groups]
+        first = rank * own_groups
+        tasks = sample_tasks(train_tasks, config, iteration)[first : first + own_groups]
 
         # ---- Collect
-        counts: Counter = Counter()
         with clock("collect"):
-            episodes = collect(
-                engine, pool, tasks, config, iteration=iteration, first_group=rank * own_groups, suggestions=rules,
-                counts=counts,
-            )  # fmt: skip
-        metrics = rollout_metrics(gather(episodes), sum(gather([counts]), Counter()))
+            play = {"iteration": iteration, "first_group": first, "suggestions": rules, "counts": counts}
+            episodes = collect(engine, pool, tasks, config, **play)
 
         # ---- Label and ask (GCD)
         questions: list[judge.Question] = []
         if config.judge.enabled:
             with clock("judge"):
-                labels = judge.label_episodes(episodes, config, rng, config.judge.teacher_steps // world)
-                share = config.judge.questions // world
-                questions = judge.pick(episodes, share, rng)
-                judge.ask(engine, questions, config, iteration, first=rank * share)
-            metrics |= {f"judge/{key}": value for key, value in total(gather([labels])).items()}
-            metrics |= {f"judge/{key}": value for key, value in judge.judge_metrics(gather(questions)).items()}
+                counts.update(judge.label_episodes(episodes, config, rng, config.judge.teacher_steps // world))
+                questions = judge.pick(episodes, own_questions, rng)
+                judge.ask(engine, questions, config, iteration, first=rank * own_questions)
 
-        # ---- Advantages: groups are whole on their rank, so no communication is needed
+        # ---- Advantages: groups are whole on their rank; then every rank gets to see every row
         rows = gather(actor_rows(episodes, config) + judge_rows(questions, config))
-        metrics |= row_metrics(rows)
+        episodes, questions = gather(episodes), gather(questions)
+        metrics = rollout_metrics(episodes, total(gather([counts]))) | row_metrics(rows)
+        if config.judge.enabled:
+            metrics |= {f"judge/{key}": value for key, value in judge.judge_metrics(questions).items()}
 
         # ---- Update: L = L_GRPO + judge.weight L_GCD
         with clock("update"):
@@ -124,7 +121,7 @@ def main() -> None:
 
         # ---- Guidelines: what the critiques advise goes into the next prompts
         if config.guidelines.every:
-            advice = (advice + judge.advice_of(gather(questions)))[-config.guidelines.pool :]
+            advice = (advice + judge.advice_of(questions))[-config.guidelines.pool :]
             if (iteration + 1) % config.guidelines.every == 0:
                 rules = judge.golden_rules(advice, config.guidelines)
 
@@ -134,18 +131,15 @@ def main() -> None:
                 results, _ = evaluate_levels(engine, config, rules)
             metrics |= {f"eval/{level}": result["success"] for level, result in results.items()}
 
-        # ---- Save
-        if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == config.train.iterations:
-            with clock("save"):
-                if rank == 0:
-                    save_checkpoint(actor, optimizer, config, iteration + 1, advice, rules)
-                dist.barrier()
-
         # ---- Log
-        metrics |= clock.metrics(rows)
-        all_episodes, all_questions = gather(episodes), gather(questions)
         if log:
-            log.write(iteration, metrics, all_episodes, all_questions, rules)
+            log.write(iteration, metrics | clock.metrics(rows), episodes, questions, rules)
+
+        # ---- Save: last, so that a checkpoint never lacks its iteration's record
+        if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == config.train.iterations:
+            if rank == 0:
+                save_checkpoint(actor, optimizer, config, iteration + 1, advice, rules)
+            dist.barrier()
 
     if rank == 0:
         print(f"{config.train.iterations} iterations done: {config.run_dir / 'checkpoints' / 'latest'}", flush=True)
@@ -239,9 +233,13 @@ def mini_batches(rows: Sequence[Row], config: Config, iteration: int, world: int
 
 
 def update(
-    actor: Actor, reference: torch.nn.Module | None, optimizer: torch.optim.Optimizer, rows: Sequence[Row],
-    config: Config, iteration: int,
-) -> dict[str, float]:  # fmt: skip
+    actor: Actor,
+    reference: torch.nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    config: Config,
+    iteration: int,
+) -> dict[str, float]:
     """One pass over the rows in mini-batches; returns the update's metrics, averaged over tokens and ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     train, packed = config.train, packs(actor)
@@ -263,13 +261,19 @@ def update(
     padded = real = 0
     for number, batch in enumerate(batches):
         everything = [row for share in batch for row in share]
-        tokens = {judged: sum(len(row.response_ids) for row in everything if row.judge == judged) for judged in (False, True)}
+        tokens = {
+            judged: sum(len(row.response_ids) for row in everything if row.judge == judged) for judged in (False, True)
+        }
         counts = {judged: sum(row.judge == judged for row in everything) for judged in (False, True)}
         own = [row for row in batch[rank] if _matters(row, config)]
         for group in micro_batches(own, train.tokens_per_micro_batch, packed):
             part = [own[index] for index in group]
             logp_T, entropy_T = token_logprobs(
-                actor.model, part, packed, config.rollout.temperature, entropy="gradient" if config.algo.entropy else "value"
+                actor.model,
+                part,
+                packed,
+                config.rollout.temperature,
+                entropy="gradient" if config.algo.entropy else "value",
             )  # [T], [T]
             loss, parts = micro_batch_loss(logp_T, entropy_T, part, known, tokens, counts, config)
             loss.backward()
@@ -286,8 +290,13 @@ def update(
         sums["grad_norm"] += norm / world
 
     gap_T = np.concatenate(gaps) if gaps else np.zeros(0)
-    sums |= {"gap": float(np.abs(gap_T).sum()), "gap_kl": float((np.exp(gap_T) - 1 - gap_T).sum()), "gaps": len(gap_T),
-             "real": real, "padded": padded}  # fmt: skip
+    sums |= {
+        "gap": float(np.abs(gap_T).sum()),
+        "gap_kl": float((np.exp(gap_T) - 1 - gap_T).sum()),
+        "gaps": len(gap_T),
+        "real": real,
+        "padded": padded,
+    }
     sums = total(gather([dict(sums)]))
     worst = max(gather([float(np.abs(gap_T).max(initial=0.0))]))
     updates, seen = len(batches), max(1.0, sums.get("seen", 0.0))
@@ -311,9 +320,14 @@ def update(
 
 
 def micro_batch_loss(
-    logp_T: torch.Tensor, entropy_T: torch.Tensor, rows: Sequence[Row], known: dict, tokens: dict, counts: dict,
+    logp_T: torch.Tensor,
+    entropy_T: torch.Tensor,
+    rows: Sequence[Row],
+    known: dict,
+    tokens: dict,
+    counts: dict,
     config: Config,
-) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+) -> tuple[torch.Tensor, dict[str, float]]:
     """The share of a mini-batch's loss that these rows contribute, and sums of metrics over their tokens.
 
     `tokens` and `counts` are the mini-batch's response tokens and rows by kind, over all ranks.
@@ -401,8 +415,11 @@ class Clock:
         return record
 
 
-def rollout_metrics(episodes: Sequence[Episode], counts: Counter) -> dict[str, float]:
-    """What the collected episodes show. Raises RuntimeError if not one was left."""
+def rollout_metrics(episodes: Sequence[Episode], counts: dict[str, int]) -> dict[str, float]:
+    """What the collected episodes show; `counts` are collect()'s and label_episodes()'s.
+
+    Raises RuntimeError if not one episode was left.
+    """
     if not episodes:
         raise RuntimeError(f"no episode was collected: {dict(counts)}; the warnings above say why")
     steps = [step for episode in episodes for step in episode.steps]
@@ -422,8 +439,9 @@ def rollout_metrics(episodes: Sequence[Episode], counts: Counter) -> dict[str, f
         "rollout/top_action_share": actions.most_common(1)[0][1] / len(steps),
         "rollout/prompt_tokens": float(np.mean([len(step.prompt_ids) for step in steps])),
         "rollout/response_tokens": float(np.mean([len(step.response_ids) for step in steps])),
-        "rollout/restarted": counts["restarted"],
-        "rollout/discarded": counts["discarded"],
+        "rollout/restarted": counts.get("restarted", 0),
+        "rollout/discarded": counts.get("discarded", 0),
+        **{f"judge/{key}": value for key, value in counts.items() if key.startswith(("label", "teacher"))},
     }
 
 
@@ -438,7 +456,7 @@ def row_metrics(rows: Sequence[Row]) -> dict[str, float]:
 
 
 class Log:
-    """Rank 0's record of the run: metrics.jsonl (the source of truth), TensorBoard, episodes, one line on the screen."""
+    """Rank 0's record of the run: metrics.jsonl (the source of truth), TensorBoard, episodes, a line on the screen."""
 
     def __init__(self, config: Config, start: int) -> None:
         self.config, self.folder = config, config.run_dir
@@ -456,9 +474,16 @@ class Log:
             self.board.add_scalar(key, value, iteration)
         if iteration % self.config.train.episodes_every == 0:
             asked = [
-                {"group": q.group, "member": q.member, "step": q.index, "label": q.step.label, "source": q.step.label_source,
-                 "answers": [answer.response for answer in q.answers]} for q in questions
-            ]  # fmt: skip
+                {
+                    "group": question.group,
+                    "member": question.member,
+                    "step": question.index,
+                    "label": question.step.label,
+                    "source": question.step.label_source,
+                    "answers": [answer.response for answer in question.answers],
+                }
+                for question in questions
+            ]
             with (self.folder / "episodes" / f"{iteration:06d}.jsonl").open("w") as file:
                 for number, episode in enumerate(episodes):
                     file.write(json.dumps(episode.to_json(tokens=number < 2)) + "\n")
@@ -470,17 +495,25 @@ class Log:
             f"  steps {metrics['rollout/steps_per_episode']:.1f}  invalid {metrics['rollout/invalid']:.3f}"
             f"  unavailable {metrics['rollout/unavailable']:.3f}{judged}  entropy {metrics['train/entropy']:.2f}"
             f"  grad {metrics['train/grad_norm']:.2f}  mismatch {metrics['mismatch/mean_abs']:.1e}"
-            f"  {metrics['time/total']:.1f} s (collect {metrics['time/collect']:.1f}, update {metrics['time/update']:.1f})"
+            f"  {metrics['time/total']:.1f} s (collect {metrics['time/collect']:.1f},"
+            f" update {metrics['time/update']:.1f})"
             f"{evaluated}",
             flush=True,
         )
 
 
-def save_checkpoint(actor: Actor, optimizer, config: Config, iteration: int, advice: list[str], rules: list[str]) -> None:
+def save_checkpoint(
+    actor: Actor, optimizer, config: Config, iteration: int, advice: list[str], rules: list[str]
+) -> None:
     """checkpoints/<iteration>/ and then `latest`, each atomically."""
     folder = config.run_dir / "checkpoints" / f"{iteration:06d}"
-    state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "advice": advice, "rules": rules,
-             "config": configuration.to_dict(config)}  # fmt: skip
+    state = {
+        "iteration": iteration,
+        "optimizer": optimizer.state_dict(),
+        "advice": advice,
+        "rules": rules,
+        "config": configuration.to_dict(config),
+    }
     save_model(actor, folder, {"guidelines.json": rules}, state)
     point_latest(folder, config.train.keep_checkpoints)
 
@@ -495,10 +528,14 @@ def find_checkpoint(config: Config) -> tuple[Path | None, dict]:
         return None, {}
     state = torch.load(folder / "trainer" / "state.pt", weights_only=True, map_location="cpu")
     now, then = _flat(configuration.to_dict(config)), _flat(state["config"])
-    changed = [key for key in now | then if now.get(key) != then.get(key) and not {key, key.split(".")[0]} & FREE_TO_CHANGE]
+    changed = [
+        key for key in now | then if now.get(key) != then.get(key) and not {key, key.split(".")[0]} & FREE_TO_CHANGE
+    ]
     if changed:
-        raise ConfigError(f"{config.run_dir} was made with other settings ({', '.join(changed)}): choose another name "
-                          f"(--set name=...) or delete the folder")  # fmt: skip
+        raise ConfigError(
+            f"{config.run_dir} was made with other settings ({', '.join(changed)}): choose another name "
+            f"(--set name=...) or delete the folder"
+        )
     return folder.resolve(), state
 
 
@@ -514,8 +551,8 @@ def dry_run(config: Config) -> str:
     episodes = config.rollout.groups * config.rollout.group_size
     answers = config.judge.questions * config.judge.group_size if config.judge.enabled else 0
     return yaml.safe_dump(configuration.to_dict(config), sort_keys=False, width=120) + (
-        f"\n# one iteration: {config.rollout.groups} games x {config.rollout.group_size} = {episodes} episodes of at most "
-        f"{config.env.max_steps} steps, {answers} critiques\n"
+        f"\n# one iteration: {config.rollout.groups} games x {config.rollout.group_size} = {episodes} episodes of at "
+        f"most {config.env.max_steps} steps, {answers} critiques\n"
         f"# update: at most {-(-episodes * config.env.max_steps // config.train.rows_per_update)} optimizer steps of "
         f"{config.train.rows_per_update} rows\n"
     )

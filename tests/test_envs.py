@@ -244,6 +244,20 @@ def test_the_expert_wins_the_published_games(tmp_path: Path) -> None:
     assert count["won"] >= 0.95 * len(tasks) and count["gave up"] <= 1
 
 
+def test_the_expert_is_not_offered_help(small_games: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is at a loss it draws from what it is offered."""
+    from alfworld.agents.expert import HandCodedTWAgent
+
+    monkeypatch.setattr(HandCodedTWAgent, "act", lambda self, state, *rest: random.choice(state["admissible_commands"]))
+    env_cfg = EnvConfig(data=str(small_games))
+    expert, said = envs.make_expert(env_cfg), set()
+    action = expert.reset(envs.tasks(env_cfg, "L0", "eval")[0])
+    for _ in range(200):
+        said.add(action)
+        action = expert.step("look")
+    assert "look" in said and "help" not in said
+
+
 def test_the_expert_goes_on_from_wherever_it_is_led(small_games: Path) -> None:
     """Random actions in between, also ones that do nothing: it wins most games and asks for nothing impossible."""
     env_cfg = EnvConfig(data=str(small_games))

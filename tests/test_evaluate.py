@@ -94,12 +94,20 @@ def test_levels_are_played_whole_and_repeatably(engine, config):
     assert results == again and episodes == others
     assert list(results) == ["L0", "L1"]
     for level in results:
-        games = envs.tasks(config.env, level, "eval")[:4]
+        games = envs.tasks(config.env, level, "eval")
         assert results[level]["n"] == 8 and len(results[level]["by_seed"]) == 2
         played = [episode for episode in episodes if episode.task.split == games[0].split]
-        assert [(e.task, e.group, e.member) for e in played] == [(games[i], i, m) for i in range(4) for m in range(2)]
+        assert [(e.group, e.member) for e in played] == [(group, member) for group in range(4) for member in range(2)]
+        assert [e.task for e in played[::2]] == [e.task for e in played[1::2]]
+        assert len({e.task for e in played}) == 4 and {e.task for e in played} <= set(games)
     pairs = zip(episodes[::2], episodes[1::2], strict=True)
     assert any([s.response for s in one.steps] != [s.response for s in two.steps] for one, two in pairs)  # seeds differ
+
+
+def test_without_a_number_every_game_is_played(engine, config):
+    config = tiny.changed(config, "eval.games=0", "eval.seeds=1", "env.max_steps=1", "eval.levels=[L0]")
+    _, episodes = evaluate_levels(engine, config, [])
+    assert [episode.task for episode in episodes] == envs.tasks(config.env, "L0", "eval")
 
 
 def test_guidelines_are_in_the_prompts(engine, config):

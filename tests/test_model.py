@@ -13,7 +13,6 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-import config as configuration
 import model
 import prompts
 from config import ConfigError
@@ -93,8 +92,7 @@ def test_tiny_model_depends_on_corpus_and_seed_alone(actor, small_games):
     before = torch.get_rng_state()
     assert digest(load_actor(config, corpus)) == digest(actor)
     assert torch.equal(before, torch.get_rng_state())  # and it leaves the global generator alone
-    other_seed = configuration.load(small_games.with_name("tiny_sft.yaml"), ["seed=1"])
-    assert digest(load_actor(other_seed, corpus)) != digest(actor)
+    assert digest(load_actor(tiny.changed(config, "seed=1"), corpus)) != digest(actor)
     assert load_actor(config, corpus[:20]).tokenizer.get_vocab() != actor.tokenizer.get_vocab()
     code = (
         "import sys, json, pathlib, config, model, test_model\n"
@@ -132,9 +130,7 @@ def test_control_tokens_never_reach_the_text(actor):
 
 @pytest.fixture(scope="module")
 def small_model(small_games) -> torch.nn.Module:
-    config = configuration.load(
-        small_games.with_name("tiny_sft.yaml"), ["model.tiny_hidden=32", "model.tiny_vocab=400"]
-    )
+    config = tiny.changed(tiny.sft_config(small_games), "model.tiny_hidden=32", "model.tiny_vocab=400")
     return load_actor(config, tiny.corpus(small_games)).model
 
 
@@ -180,9 +176,12 @@ def test_token_logprobs_equal_a_plain_forward_pass(small_model, monkeypatch, pac
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-def test_entropy_has_no_gradient_unless_asked(small_model):
+def test_entropy_costs_nothing_unless_asked(small_model):
     logp_T, entropy_T = model.token_logprobs(small_model, random_rows(), packed=False)
-    assert logp_T.requires_grad and not entropy_T.requires_grad
+    assert logp_T.requires_grad and not entropy_T.requires_grad and not entropy_T.any()
+    _, entropy_T = model.token_logprobs(small_model, random_rows(), packed=False, entropy="value")
+    torch.testing.assert_close(entropy_T, reference(small_model, random_rows(), 1.0)[1], atol=1e-5, rtol=0)
+    assert not entropy_T.requires_grad
 
 
 @pytest.mark.parametrize("packed", [False, True])

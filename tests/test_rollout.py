@@ -1,4 +1,4 @@
-"""rollout.py on real engines: log-probs, weight sync and canary, seeds; the collector with healthy and failing games."""
+"""rollout.py on real engines: log-probs, weight sync and canary, seeds; the collector and its failing games."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ from rollout import Engine, Sampling, TransformersEngine, VllmEngine, canary, co
 
 @pytest.fixture(scope="module")
 def config(small_games):
-    return tiny.rl_config(small_games, "rollout.group_size=2", "rollout.groups=4")
+    return tiny.rl_config(small_games, "rollout.group_size=2", "rollout.temperature=1.3")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def prompt_ids(config, actor, small_games) -> list[list[int]]:
     return [actor.encode(row["prompt"]) for row in tiny.chat_rows(small_games)[:12]]
 
 
-def samplings(count: int, temperature: float = 1.0, max_tokens: int = 30, first: int = 0) -> list[Sampling]:
+def samplings(count: int, temperature: float = 1.0, max_tokens: int = 12, first: int = 0) -> list[Sampling]:
     return [Sampling(temperature, max_tokens, stable_seed(first + index)) for index in range(count)]
 
 
@@ -81,8 +81,8 @@ def test_logprobs_are_the_trainers(any_engine, actor, prompt_ids, temperature):
     assert gap(actor, prompt_ids, samples, 1.5 - temperature) > 1e-2  # of this temperature and no other
     end = actor.tokenizer.eos_token_id
     for sample in samples:
-        assert len(sample.logprobs) == len(sample.ids) <= 30
-        assert end not in sample.ids[:-1] and (sample.ids[-1] == end or len(sample.ids) == 30)
+        assert len(sample.logprobs) == len(sample.ids) <= 12
+        assert end not in sample.ids[:-1] and (sample.ids[-1] == end or len(sample.ids) == 12)
     assert any(sample.ids[-1] == end for sample in samples) and any(sample.ids[-1] != end for sample in samples)
 
 
@@ -95,7 +95,7 @@ def test_same_seeds_same_samples_in_any_order(any_engine, prompt_ids):
     assert [sample.ids for sample in few] == [sample.ids for sample in first[3:6]]
     np.testing.assert_allclose(first[0].logprobs, again[0].logprobs, atol=1e-4)
     other = any_engine.generate(prompt_ids, samplings(12, first=100))
-    assert sum(one.ids == two.ids for one, two in zip(first, other, strict=True)) < 6
+    assert sum(one.ids == two.ids for one, two in zip(first, other, strict=True)) < 10
 
 
 def test_samples_follow_the_distribution(any_engine, actor, prompt_ids):
@@ -409,7 +409,7 @@ def test_transformers_engine_collects_the_same_kind_of_episodes(slow_engine, con
     steps = [step for episode in episodes for step in episode.steps]
     rows = [Row(np.array(step.prompt_ids), np.array(step.response_ids)) for step in steps]
     with torch.no_grad():
-        trainer, _ = token_logprobs(actor.model, rows, packs(actor))
+        trainer, _ = token_logprobs(actor.model, rows, packs(actor), config.rollout.temperature)
     np.testing.assert_allclose(np.concatenate([step.logprobs for step in steps]), trainer, atol=1e-4)
 
 

@@ -1,8 +1,8 @@
 """What several test files share: a tiny trained checkpoint, its configs, and the project's scripts as subprocesses."""
 
-import contextlib
 import functools
 import os
+import random
 import re
 import shutil
 import socket
@@ -11,23 +11,25 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import torch
+
 import config as configuration  # before torch: it sets the number of threads
 from config import Config
 
 ROOT = Path(__file__).parents[1]
 SFT = """
 name: tiny_sft
-model: {{path: tiny, tiny_hidden: 64, tiny_layers: 2, tiny_heads: 2, tiny_vocab: 1536}}
+model: {{path: tiny, tiny_hidden: 64, tiny_layers: 2, tiny_heads: 2, tiny_vocab: 800}}
 env: {{data: {games}, max_steps: 10}}
-sft: {{variant: generative, episodes: 48, critic_examples: 32, noise: 0.2, epochs: {epochs}, lr: 1.0e-2,
-      warmup_ratio: 0.05, rows_per_update: 8, tokens_per_micro_batch: 4096}}
+sft: {{variant: generative, episodes: 48, critic_examples: 32, noise: 0.2}}
 """
 RL = """
 name: tiny_rl
 model: {{path: {checkpoint}}}
 env: {{data: {games}, max_steps: 6}}
 algo: {{advantage: gigpo}}
-rollout: {{groups: 4, group_size: 4, max_prompt_tokens: 800, max_response_tokens: 40, concurrency: 16,
+rollout: {{groups: 4, group_size: 4, temperature: 0.7, max_prompt_tokens: 800, max_response_tokens: 40, concurrency: 16,
           kv_cache_gib: 0.1}}
 judge: {{enabled: true, questions: 4, group_size: 4, teacher: expert, max_prompt_tokens: 1200, max_response_tokens: 60}}
 guidelines: {{every: 1}}
@@ -40,7 +42,7 @@ eval: {{levels: [L0, L1], games: 3, seeds: 2}}
 @functools.cache
 def sft_config(games: Path) -> Config:
     path = games.with_name("tiny_sft.yaml")
-    path.write_text(SFT.format(games=games, epochs=5))
+    path.write_text(SFT.format(games=games))
     return configuration.load(path)
 
 
@@ -66,14 +68,26 @@ def checkpoint(games: Path) -> Path:
     import model
     import train_sft
 
-    join()
     config = sft_config(games)
     folder = games.with_name("tiny") / "checkpoints" / "000001"
     actor = model.load_actor(config, corpus(games))
-    rows = [row | {"response": re.sub("<think>.*</think>", "<think>So.</think>", row["response"])}
-            for row in chat_rows(games) for _ in range(3 if row["prompt"].startswith("Role:") else 1)]  # fmt: skip
-    with contextlib.chdir(games.parent):
-        train_sft.train(actor, rows, config)
+    rows = []
+    for row in chat_rows(games):
+        short = re.sub("<think>.*</think>", "<think>So.</think>", row["response"])
+        weighed = train_sft.tokenise(actor, row | {"response": short}, prompt_loss=0.2)
+        rows += [weighed] * (3 if row["prompt"].startswith("Role:") else 1)
+    rng, updates = random.Random(0), 240
+    optimizer = model.make_optimizer(actor.model, 8e-3, 0.0, (0.9, 0.95))
+    for update in range(updates):
+        batch = rng.sample(rows, 8)
+        weight_T = torch.from_numpy(np.concatenate([weight for _, weight in batch])).float()
+        logp_T, _ = model.token_logprobs(actor.model, [row for row, _ in batch], packed=False)
+        (-(logp_T * weight_T).sum() / weight_T.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 8e-3 * min(1, update / 20, 2 * (1 - update / updates))
+        optimizer.step()
+        optimizer.zero_grad()
     model.save_model(actor, folder)
     return folder
 
