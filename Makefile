@@ -36,13 +36,15 @@ test: $(READY)
 venv: $(READY)
 
 # The CPU build of vLLM is installed without its dependencies, see requirements-cpu.txt. torch comes first and alone, so
-# that nothing later brings CUDA packages; where TORCH_INDEX cannot be reached, PyPI's torch is used.
+# that nothing later brings CUDA packages; where TORCH_INDEX cannot be reached, the torch of pip's own index is used.
+PROBE := import urllib.request as r; r.urlopen("$(TORCH_INDEX)/torch/", timeout=10)
 $(READY): requirements.txt requirements-cpu.txt requirements-cpu-nodeps.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; use make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "error: no venv module; on Debian it is in the package python3-venv"; exit 1; }
 ifeq ($(DEVICE),cpu)
-	$(BIN)/pip install -q --extra-index-url $(TORCH_INDEX) $$(grep '^torch==' requirements-cpu.txt)
+	$(BIN)/pip install -q $$(grep '^torch==' requirements-cpu.txt) \
+		$$($(PYTHON) -c '$(PROBE)' 2> /dev/null && echo --extra-index-url $(TORCH_INDEX))
 	$(BIN)/pip install -q -r requirements-cpu.txt
 	$(BIN)/pip install -q --no-deps -r requirements-cpu-nodeps.txt
 else
@@ -72,7 +74,8 @@ base: $(READY)
 	$(BIN)/python make_games.py --out data/base_games --train 6000 --seen 0 --unseen 0 --seed 1001 \
 		--receptacles 6 --objects 12
 	$(RUN) train_sft.py configs/base.yaml $(SET)
-	mkdir -p assets/base && cp -L runs/base/checkpoints/latest/* assets/base/
+	$(RUN) train_sft.py configs/base_reading.yaml $(SET)
+	mkdir -p assets/base && cp -L runs/base_reading/checkpoints/latest/* assets/base/
 
 clean:
 	rm -rf runs/quickstart runs/quickstart_base runs/quickstart_sft data/quickstart_games data/sft

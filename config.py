@@ -260,6 +260,8 @@ def check(config: Config) -> None:
         raise ConfigError("rollout.group_size is 1; a group-relative advantage needs at least 2 episodes per game")
     if config.algo.dual_clip is not None and config.algo.dual_clip <= 1:
         raise ConfigError(f"algo.dual_clip is {config.algo.dual_clip}; it bounds a ratio and must be above 1, or null")
+    if config.eval.games < 0:
+        raise ConfigError(f"eval.games is {config.eval.games}; it is a number of games, or 0 for all")
     if config.judge.enabled and config.judge.group_size < 2:
         raise ConfigError("judge.group_size is 1; a group-relative judge loss needs at least 2 answers per question")
     if config.guidelines.every and not config.judge.enabled:

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import games
-from config import TASK_TYPES, ConfigError, EnvConfig
+from config import ConfigError, EnvConfig
 
 RECEPTACLE_TYPES = frozenset(  # what can be gone to, as ALFWorld names it; everything else is an object
     "armchair bathtubbasin bed cabinet cart coffeemachine coffeetable countertop desk diningtable drawer dresser "
@@ -266,8 +266,3 @@ class AlfworldExpert:
 def make_expert(env_cfg: EnvConfig, seed: int = 0) -> AlfworldExpert:
     """The environment's own expert."""
     return AlfworldExpert(env_cfg, seed)
-
-
-def type_id(task_type: str) -> int:
-    """ALFWorld's own number of a task type, from 1."""
-    return TASK_TYPES.index(task_type) + 1

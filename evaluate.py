@@ -51,7 +51,8 @@ def main() -> None:
     command.add_argument("--table", nargs="+", type=Path, metavar="RUN", help="print the eval.json of several runs")
     arguments = command.parse_args()
     if arguments.table:
-        return print(table({folder.name: _read(folder) for folder in arguments.table}))
+        distinct = len({folder.name for folder in arguments.table}) == len(arguments.table)
+        return print(table({folder.name if distinct else str(folder): _read(folder) for folder in arguments.table}))
     if not arguments.ckpt:
         command.error("--ckpt or --table is needed")
     run = _run_folder(arguments.ckpt)

@@ -77,7 +77,7 @@ class Episode:
     steps: list[Step] = field(default_factory=list)
     won: bool = False
     score: float = 0.0
-    weights_version: int = 0
+    weights_version: int = 0  # updates behind the weights that played it; -1: an evaluation
 
     def to_json(self, tokens: bool = False) -> dict[str, Any]:
         """One line of episodes/*.jsonl: all but prompts, tokens and log-probs, which `tokens` adds."""
@@ -371,7 +371,9 @@ def collect(
     )
     members = config.rollout.group_size if members is None else members
     return collector.run(
-        Episode(task, first_group + index, member) for index, task in enumerate(tasks) for member in range(members)
+        Episode(task, first_group + index, member, weights_version=iteration)
+        for index, task in enumerate(tasks)
+        for member in range(members)
     )
 
 
