@@ -289,17 +289,16 @@ def update(
         optimizer.zero_grad()
         sums["grad_norm"] += norm / world
 
-    gap_T = np.concatenate(gaps) if gaps else np.zeros(0)
-    sums |= {
-        "gap": float(np.abs(gap_T).sum()),
-        "gap_kl": float((np.exp(gap_T) - 1 - gap_T).sum()),
-        "gaps": len(gap_T),
-        "real": real,
-        "padded": padded,
-    }
-    sums = total(gather([dict(sums)]))
+    sums |= {"real": real, "padded": padded}
+    return {"train/lr": learning_rate} | _update_metrics(sums, np.concatenate(gaps or [np.zeros(0)]), len(batches))
+
+
+def _update_metrics(own: dict[str, float], gap_T: np.ndarray, updates: int) -> dict[str, float]:
+    """Means over the ranks' sums; `gap_T` holds this rank's log-prob differences between trainer and engine."""
+    gaps = {"gap": np.abs(gap_T).sum(), "gap_kl": (np.exp(gap_T) - 1 - gap_T).sum(), "gaps": len(gap_T)}
+    sums = total(gather([own | {key: float(value) for key, value in gaps.items()}]))
     worst = max(gather([float(np.abs(gap_T).max(initial=0.0))]))
-    updates, seen = len(batches), max(1.0, sums.get("seen", 0.0))
+    seen = max(1.0, sums.get("seen", 0.0))
     return {
         "train/loss_actor": sums.get("loss_actor", 0.0) / updates,
         "train/loss_judge": sums.get("loss_judge", 0.0) / updates,
@@ -309,7 +308,6 @@ def update(
         "train/clip_fraction": sums.get("clip_fraction", 0.0) / seen,
         "train/approx_kl": sums.get("approx_kl", 0.0) / seen,
         "train/grad_norm": sums["grad_norm"] / updates,
-        "train/lr": learning_rate,
         "train/updates": updates,
         "train/tokens": sums["real"],
         "train/padding_share": 1 - sums["real"] / max(1, sums["padded"]),
