@@ -39,6 +39,7 @@ EVALUATION = -1  # takes the iteration's place in sampling seeds, so they differ
 
 
 def main() -> None:
+    """The command line."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--ckpt", help="a run's checkpoint, a Hugging Face folder or an id")
     command.add_argument("--config", help="YAML; default: the config.yaml of the checkpoint's run")

@@ -58,6 +58,7 @@ FREE_TO_CHANGE = {"train.iterations", "train.checkpoint_every", "train.keep_chec
 
 
 def main() -> None:
+    """The loop."""
     command = configuration.parser(__doc__)
     command.add_argument("--dry-run", action="store_true", help="print the resolved config and the batch arithmetic")
     arguments = command.parse_args()

@@ -326,6 +326,7 @@ def updates(rows: Sequence[dict], per_update: int, rng: random.Random) -> list[l
 
 
 def main() -> None:
+    """Rows, training, checkpoint."""
     arguments = configuration.parser(__doc__).parse_args()
     config = configuration.load(arguments.config, arguments.set)
     rank, world = join_ranks(config)

@@ -30,7 +30,7 @@ def tensor(*values):
     return torch.tensor(values)
 
 
-def close(actual, expected, tolerance=1e-6):
+def assert_close(actual, expected, tolerance=1e-6):
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, torch.tensor(expected), rtol=tolerance, atol=tolerance)
 
@@ -101,20 +101,20 @@ def test_row_batch_rejects_a_trajectory_in_two_groups():
 def test_scores_are_the_whole_return_minus_the_rows_own_penalty():
     # trajectory 4 earns 10 in all, trajectory 9 nothing
     actual = scores(tensor(0.0, 0.0, 10.0, 0.0), tensor(4, 9, 4, 9), tensor(1, 0, 0, 1), 0.1)
-    close(actual, [9.9, 0.0, 10.0, -0.1])
+    assert_close(actual, [9.9, 0.0, 10.0, -0.1])
 
 
 def test_discounted_returns_keep_interleaved_trajectories_apart():
     # trajectory 30: rewards 1, 0, 4 at rows 0, 2, 4: 4; 0 + 2; 1 + 1.  trajectory -2: rewards 8, 2: 2; 8 + 1
     actual = discounted_returns(tensor(1.0, 8.0, 0.0, 2.0, 4.0), tensor(30, -2, 30, -2, 30), 0.5)
-    close(actual, [2.0, 9.0, 2.0, 2.0, 4.0])
+    assert_close(actual, [2.0, 9.0, 2.0, 2.0, 4.0])
 
 
 def test_discounted_returns_of_a_won_and_a_lost_episode():
     # won in T = 4 steps: 10 * .95^(T - 1 - t)
     reward, trajectory = tensor(0.0, 0.0, 0.0, 10.0, 0.0, 0.0), tensor(1, 1, 1, 1, 2, 2)
-    close(discounted_returns(reward, trajectory, 0.95), [8.57375, 9.025, 9.5, 10.0, 0.0, 0.0])
-    close(discounted_returns(reward, trajectory, 0.0), [0.0, 0.0, 0.0, 10.0, 0.0, 0.0])
+    assert_close(discounted_returns(reward, trajectory, 0.95), [8.57375, 9.025, 9.5, 10.0, 0.0, 0.0])
+    assert_close(discounted_returns(reward, trajectory, 0.0), [0.0, 0.0, 0.0, 10.0, 0.0, 0.0])
 
 
 # ----------------------------------------------------------------------------------------------------- group_normalise
@@ -124,24 +124,26 @@ def test_group_normalise_uneven_groups():
     # key 7: 10, 0, 0: mean 10/3, squares (400 + 100 + 100)/9 = 200/3, over 2: 100/3, std 5.7735027
     # key 2: 1, 3: mean 2, std sqrt(2)
     actual = group_normalise(tensor(10.0, 1.0, 0.0, 3.0, 0.0), tensor(7, 2, 7, 2, 7))
-    close(actual, [1.1547005, -0.7071068, -0.5773503, 0.7071068, -0.5773503])
+    assert_close(actual, [1.1547005, -0.7071068, -0.5773503, 0.7071068, -0.5773503])
 
 
 def test_group_normalise_without_division():
-    close(group_normalise(tensor(10.0, 0.0, 0.0), tensor(7, 7, 7), divide_by_std=False), [20 / 3, -10 / 3, -10 / 3])
+    assert_close(
+        group_normalise(tensor(10.0, 0.0, 0.0), tensor(7, 7, 7), divide_by_std=False), [20 / 3, -10 / 3, -10 / 3]
+    )
 
 
 def test_group_normalise_adds_eps_to_the_std():
     # 1, 3: std sqrt(2), deviations -1, 1
     actual = group_normalise(tensor(1.0, 3.0), tensor(0, 0), eps=1.0)
-    close(actual, [-1 / (math.sqrt(2) + 1), 1 / (math.sqrt(2) + 1)])
+    assert_close(actual, [-1 / (math.sqrt(2) + 1), 1 / (math.sqrt(2) + 1)])
 
 
 @pytest.mark.parametrize("divide", [True, False])
 def test_group_normalise_singletons(divide):
     value, key = tensor(9.9, 0.0, 2.0), tensor(1, 2, 3)
     raw = group_normalise(value, key, divide, singleton="raw")
-    close(raw, [9.9 / (1 + EPS), 0.0, 2 / (1 + EPS)] if divide else [9.9, 0.0, 2.0], tolerance=1e-7)
+    assert_close(raw, [9.9 / (1 + EPS), 0.0, 2 / (1 + EPS)] if divide else [9.9, 0.0, 2.0], tolerance=1e-7)
     assert group_normalise(value, key, divide, singleton="zero").tolist() == [0.0, 0.0, 0.0]
 
 
@@ -164,21 +166,21 @@ def test_the_float32_trap_is_real():
 
 def test_a_tie_in_one_group_leaves_the_others_alone():
     actual = group_normalise(tensor(9.9, 1.0, 9.9, 3.0), tensor(0, 1, 0, 1))
-    close(actual, [0.0, -0.7071068, 0.0, 0.7071068])
+    assert_close(actual, [0.0, -0.7071068, 0.0, 0.7071068])
 
 
 def test_statistics_over_the_first_row_of_each_trajectory():
     # first rows -0.1 (trajectory 5) and 10 (trajectory 4): mean 4.95, std 10.1/sqrt(2) = 7.1417785
     value = tensor(-0.1, 10.0, 0.0, 9.9, 0.0)
     actual = group_normalise(value, torch.zeros(5, dtype=torch.long), trajectory_N=tensor(5, 4, 5, 4, 5))
-    close(actual, [-0.7071068, 0.7071068, -0.6931046, 0.6931046, -0.6931046])
+    assert_close(actual, [-0.7071068, 0.7071068, -0.6931046, 0.6931046, -0.6931046])
 
 
 def test_first_rows_are_counted_per_key_and_trajectory():
     # trajectory 1 has rows under both keys, and a first one under each.  key 0: 1, 3; key 1: 5, 9: +-1/sqrt(2)
     value, key, trajectory = tensor(1.0, 5.0, 3.0, 9.0), tensor(0, 1, 0, 1), tensor(1, 1, 2, 2)
     actual = group_normalise(value, key, trajectory_N=trajectory)
-    close(actual, [-0.7071068, -0.7071068, 0.7071068, 0.7071068])
+    assert_close(actual, [-0.7071068, -0.7071068, 0.7071068, 0.7071068])
 
 
 def test_equal_first_rows_never_divide_a_later_penalty_by_zero():
@@ -186,7 +188,7 @@ def test_equal_first_rows_never_divide_a_later_penalty_by_zero():
     value, trajectory = tensor(10.0, 10.0, 10.0, 9.9), tensor(0, 1, 0, 1)
     actual = group_normalise(value, torch.zeros(4, dtype=torch.long), trajectory_N=trajectory)
     assert actual[:3].tolist() == [0.0, 0.0, 0.0]
-    close(actual[3:], [-0.1])
+    assert_close(actual[3:], [-0.1])
 
 
 def test_group_normalise_of_nothing_and_its_errors():
@@ -207,18 +209,18 @@ def test_grpo_over_step_rows_weighs_long_episodes_more():
     # steps: mean 19.9/6 = 3.3166667, squares 200.01 - 6 * 3.3166667^2 = 134.0083333, over 5: std 5.1770326
     rows = batch([10.0, 10.0, -0.1, 0.0, 0.0, 0.0], [3] * 6, [1, 1, 2, 2, 2, 2])
     win, invalid, loss = 6.6833333 / 5.1770326, -3.4166667 / 5.1770326, -3.3166667 / 5.1770326
-    close(grpo(rows, AlgoConfig()), [win, win, invalid, loss, loss, loss])
+    assert_close(grpo(rows, AlgoConfig()), [win, win, invalid, loss, loss, loss])
     # trajectories: first rows 10 and -.1: mean 4.95, std 7.1417785
     win, invalid, loss = 5.05 / 7.1417785, -5.05 / 7.1417785, -4.95 / 7.1417785
-    close(grpo(rows, AlgoConfig(stats_over="trajectories")), [win, win, invalid, loss, loss, loss])
+    assert_close(grpo(rows, AlgoConfig(stats_over="trajectories")), [win, win, invalid, loss, loss, loss])
     mean = 19.9 / 6  # Dr. GRPO
     centred = [10 - mean, 10 - mean, -0.1 - mean, -mean, -mean, -mean]
-    close(grpo(rows, AlgoConfig(divide_by_std=False)), centred)
+    assert_close(grpo(rows, AlgoConfig(divide_by_std=False)), centred)
 
 
 def test_grpo_keeps_the_score_of_a_lone_trajectory_with_one_row_per_trajectory():
     rows = batch([10.0, 9.9], [3, 3], [1, 1])
-    close(grpo(rows, AlgoConfig(stats_over="trajectories")), [10 / (1 + EPS), 9.9 / (1 + EPS)])
+    assert_close(grpo(rows, AlgoConfig(stats_over="trajectories")), [10 / (1 + EPS), 9.9 / (1 + EPS)])
 
 
 def repeated_observation(**others):
@@ -241,8 +243,10 @@ def test_gigpo_compares_visits_of_one_observation_even_within_one_trajectory():
     step = [-0.3202563, 0.7071068, 1.1208971, -0.8006408, -0.7071068, 0.0]
     episode = [0.9128709] * 3 + [-0.9128709] * 3
     rows = repeated_observation()
-    close(gigpo(rows, AlgoConfig(gamma=0.5)), [e + s for e, s in zip(episode, step, strict=True)])
-    close(gigpo(rows, AlgoConfig(gamma=0.5, step_weight=0.25)), [e + s / 4 for e, s in zip(episode, step, strict=True)])
+    assert_close(gigpo(rows, AlgoConfig(gamma=0.5)), [e + s for e, s in zip(episode, step, strict=True)])
+    assert_close(
+        gigpo(rows, AlgoConfig(gamma=0.5, step_weight=0.25)), [e + s / 4 for e, s in zip(episode, step, strict=True)]
+    )
 
 
 def test_gigpo_mean_norm_and_its_invalid_penalty():
@@ -251,7 +255,7 @@ def test_gigpo_mean_norm_and_its_invalid_penalty():
     rows = repeated_observation(invalid=[0, 1, 0, 1, 0, 0])
     step = [2.5 - 12.4 / 3, 2.45, 10 - 12.4 / 3, -0.1 - 12.4 / 3, -2.45, 0.0]
     expected = [e + s for e, s in zip([5.0] * 3 + [-5.0] * 3, step, strict=True)]
-    close(gigpo(rows, AlgoConfig(gamma=0.5, divide_by_std=False)), expected)
+    assert_close(gigpo(rows, AlgoConfig(gamma=0.5, divide_by_std=False)), expected)
 
 
 def test_gigpo_statistics_over_trajectories_change_the_episode_part_alone():
@@ -264,7 +268,7 @@ def test_gigpo_statistics_over_trajectories_change_the_episode_part_alone():
 def test_gigpo_keeps_groups_apart_and_needs_anchors():
     # two groups that reuse anchor id 1: every anchor group has one row, so the step part is 0
     shared = batch([10.0, 0.0], [0, 1], [1, 2], reward=[10.0, 0.0], anchor=[1, 1])
-    close(gigpo(shared, AlgoConfig()), [10 / (1 + EPS), 0.0])
+    assert_close(gigpo(shared, AlgoConfig()), [10 / (1 + EPS), 0.0])
     with pytest.raises(ValueError, match="anchor_N"):
         gigpo(batch([1.0], [0], [0]), AlgoConfig())
 
@@ -296,17 +300,17 @@ def test_advantages_do_not_depend_on_the_values_of_ids(method):
 
 def test_negative_weight_scales_negative_advantages_only():
     cfg = AlgoConfig(negative_weight=0.25)
-    close(weigh_negatives(tensor(2.0, -2.0, 0.0), cfg), [2.0, -0.5, 0.0])
+    assert_close(weigh_negatives(tensor(2.0, -2.0, 0.0), cfg), [2.0, -0.5, 0.0])
     rows = batch([1.0, 3.0], [0, 0], [1, 2])  # -+ 1/sqrt(2)
-    close(advantages(rows, cfg), [-0.1767767, 0.7071068])
-    close(grpo(rows, cfg), [-0.7071068, 0.7071068])  # as published
-    close(judge_advantage(tensor(0.0, 1.0), tensor(4, 4), cfg), [-0.1767767, 0.7071068])
+    assert_close(advantages(rows, cfg), [-0.1767767, 0.7071068])
+    assert_close(grpo(rows, cfg), [-0.7071068, 0.7071068])  # as published
+    assert_close(judge_advantage(tensor(0.0, 1.0), tensor(4, 4), cfg), [-0.1767767, 0.7071068])
 
 
 def test_judge_advantage_groups_by_question():
     # question 8: 1, 0, 0, 0: mean 1/4, squares 3/4, over 3: std 1/2: 1.5, -.5 x 3.  question 2: all right: 0
     actual = judge_advantage(tensor(1.0, 1.0, 0.0, 0.0, 1.0, 0.0), tensor(8, 2, 8, 8, 2, 8), AlgoConfig())
-    close(actual, [1.5, 0.0, -0.5, -0.5, 0.0, -0.5], tolerance=1e-5)
+    assert_close(actual, [1.5, 0.0, -0.5, -0.5, 0.0, -0.5], tolerance=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- policy losses
@@ -333,10 +337,10 @@ def test_ppo_clip_branches(ratio, advantage, dual, loss, has_gradient):
     old_logp = tensor(-1.5)
     logp = (old_logp + math.log(ratio)).requires_grad_()
     actual, metrics = ppo_clip(logp, old_logp, tensor(advantage), tensor(0), cfg)
-    close(actual.detach(), [loss], tolerance=1e-5)
+    assert_close(actual.detach(), [loss], tolerance=1e-5)
     actual.sum().backward()
     expected = -advantage * ratio if has_gradient else 0.0  # d(-A r)/d logp = -A r
-    close(logp.grad, [expected], tolerance=1e-5)
+    assert_close(logp.grad, [expected], tolerance=1e-5)
     assert float(metrics["clip_fraction"]) == float(has_gradient is False)
 
 
@@ -364,7 +368,7 @@ def test_ppo_clip_survives_extreme_ratios():
 def test_ppo_clip_takes_old_log_probs_as_constants():
     logp = torch.zeros(1, requires_grad=True)
     ppo_clip(logp, logp, tensor(2.0), tensor(0), AlgoConfig())[0].sum().backward()
-    close(logp.grad, [-2.0])
+    assert_close(logp.grad, [-2.0])
 
 
 def test_ppo_clip_names_the_lengths_that_differ():
@@ -375,9 +379,9 @@ def test_ppo_clip_names_the_lengths_that_differ():
 def test_kl_estimators():
     # d = ref - logp = .5, -1, 0
     logp, reference = tensor(-1.0, -1.0, -2.0), tensor(-0.5, -2.0, -2.0)
-    close(kl(logp, reference, "k1"), [-0.5, 1.0, 0.0])
-    close(kl(logp, reference, "k2"), [0.125, 0.5, 0.0])
-    close(kl(logp, reference, "k3"), [math.exp(0.5) - 1.5, math.exp(-1), 0.0])
+    assert_close(kl(logp, reference, "k1"), [-0.5, 1.0, 0.0])
+    assert_close(kl(logp, reference, "k2"), [0.125, 0.5, 0.0])
+    assert_close(kl(logp, reference, "k3"), [math.exp(0.5) - 1.5, math.exp(-1), 0.0])
     with pytest.raises(ValueError, match="k1, k2, k3"):
         kl(logp, reference, "k4")
 
@@ -386,9 +390,9 @@ def test_k3_is_clamped_with_finite_gradients():
     # d = 1000, 30, 3, -3, -30, -1000.  exp(3) - 4 = 16.1 > 10; exp(-3) + 2 = 2.0498 with gradient 1 - exp(-3)
     logp = torch.tensor([-1000.0, -30.0, -3.0, 3.0, 30.0, 1000.0], requires_grad=True)
     loss = kl(logp, torch.zeros(6), "k3")
-    close(loss.detach(), [10.0, 10.0, 10.0, math.exp(-3) + 2, 10.0, 10.0])
+    assert_close(loss.detach(), [10.0, 10.0, 10.0, math.exp(-3) + 2, 10.0, 10.0])
     loss.sum().backward()
-    close(logp.grad, [0.0, 0.0, 0.0, 1 - math.exp(-3), 0.0, 0.0])
+    assert_close(logp.grad, [0.0, 0.0, 0.0, 1 - math.exp(-3), 0.0, 0.0])
 
 
 def test_expected_estimates_are_the_divergence():
