@@ -325,8 +325,8 @@ def canary(engine: Engine, actor: Actor, prompt_ids: Sequence[Sequence[int]], co
 
 
 @dataclass
-class _Play:
-    """An episode in flight."""
+class Play:
+    """An episode in flight: what the environment last answered, and what the model was asked and replied."""
 
     episode: Episode
     env: Any
@@ -337,6 +337,59 @@ class _Play:
     sample: Sample | None = None
     response: str = ""
     reply: prompts.Reply | None = None
+
+    def ask(self, actor: Actor, config: Config, suggestions: Sequence[str] = ()) -> None:
+        """Write the prompt of the next step. Raises ValueError if it exceeds the limit even without history."""
+        steps, seen = self.episode.steps, self.observation
+        recent = steps[-config.env.history :] if config.env.history else []
+        self.prompt, self.prompt_ids = prompts.fit_prompt(
+            actor.encode,
+            config.rollout.max_prompt_tokens,
+            env=config.env.name,
+            task=seen.task,
+            observation=seen.text,
+            actions=seen.actions,
+            history=[(step.observation, step.action) for step in recent],
+            step=len(steps),
+            suggestions=suggestions,
+        )
+
+    def sampling(self, config: Config, iteration: int, temperature: float) -> Sampling:
+        """How the next reply is sampled; its seed depends on what names this step, never on timing."""
+        seed = stable_seed(config.seed, iteration, self.episode.group, self.episode.member, len(self.episode.steps))
+        return Sampling(temperature, config.rollout.max_response_tokens, seed)
+
+    def hear(self, actor: Actor, config: Config, sample: Sample) -> str:
+        """Take in the model's reply; the action that the environment is to carry out."""
+        self.sample, self.response = sample, actor.decode(sample.ids)
+        self.reply = prompts.parse_reply(self.response, config.prompt_style, config.env.name)
+        return self.reply.action
+
+    def see(self, seen: Observation, config: Config) -> bool:
+        """Take in what the environment answered to a reset or an action; whether the episode is over."""
+        if self.sample is not None:
+            self.episode.steps.append(self._step(seen, config))
+        self.observation, self.sample = seen, None
+        over = seen.done or len(self.episode.steps) >= config.env.max_steps
+        if over:
+            self.episode.won, self.episode.score = seen.won, seen.score
+        return over
+
+    def _step(self, after: Observation, config: Config) -> Step:
+        return Step(
+            prompt_ids=self.prompt_ids,
+            response_ids=self.sample.ids,
+            logprobs=self.sample.logprobs,
+            prompt=self.prompt,
+            response=self.response,
+            observation=self.observation.text,
+            action=self.reply.action,
+            valid=self.reply.valid,
+            available=self.reply.action in self.observation.actions,
+            reward=config.rollout.success_reward * float(after.won),
+            tag=self.reply.tag,
+            thought=self.reply.thought,
+        )
 
 
 def collect(
@@ -390,8 +443,8 @@ class _Collector:
     on_episode: Callable[[Episode], None]
     idle: deque  # environments without an episode
     threads: ThreadPoolExecutor | None  # for slow environments
-    generating: dict[str, _Play] = field(default_factory=dict)
-    acting: dict[Future, _Play] = field(default_factory=dict)
+    generating: dict[str, Play] = field(default_factory=dict)
+    acting: dict[Future, Play] = field(default_factory=dict)
     finished: list[Episode] = field(default_factory=list)
 
     def run(self, episodes: Iterable[Episode]) -> list[Episode]:
@@ -399,7 +452,7 @@ class _Collector:
         waiting = deque(episodes)
         while waiting or self.generating or self.acting:
             while waiting and self.idle:
-                play = _Play(waiting.popleft(), self.idle.popleft())
+                play = Play(waiting.popleft(), self.idle.popleft())
                 self.act(play, play.env.reset, play.episode.task)
             while answered := [future for future in self.acting if future.done()]:
                 for future in answered:
@@ -407,16 +460,14 @@ class _Collector:
             if self.generating:
                 for name, sample in self.engine.poll():
                     play = self.generating.pop(name)
-                    play.sample, play.response = sample, self.engine.actor.decode(sample.ids)
-                    play.reply = prompts.parse_reply(play.response, self.config.prompt_style, self.config.env.name)
-                    self.act(play, play.env.step, play.reply.action)
+                    self.act(play, play.env.step, play.hear(self.engine.actor, self.config, sample))
             elif self.acting:
                 wait(self.acting, return_when=FIRST_COMPLETED)
         if self.threads:
             self.threads.shutdown()
         return sorted(self.finished, key=lambda episode: (episode.group, episode.member))
 
-    def act(self, play: _Play, function: Callable, *arguments: Any) -> None:
+    def act(self, play: Play, function: Callable, *arguments: Any) -> None:
         """Let the environment act: in a thread if it is slow, else here and now; absorbed later either way."""
         if self.threads:
             future = self.threads.submit(function, *arguments)
@@ -428,25 +479,18 @@ class _Collector:
                 future.set_exception(error)
         self.acting[future] = play
 
-    def absorb(self, future: Future, play: _Play) -> None:
+    def absorb(self, future: Future, play: Play) -> None:
         """Take in what the environment answered to a reset or an action, and ask the model for the next reply."""
-        episode = play.episode
         if error := future.exception():  # an environment may die in any way
-            return self.recover(play, error)
-        seen = future.result()
-        if play.sample is not None:
-            episode.steps.append(_step(play, seen, self.config))
-            play.sample = None
-        play.observation = seen
-        if seen.done or len(episode.steps) >= self.config.env.max_steps:
-            episode.won, episode.score = seen.won, seen.score
-            self.finished.append(episode)
-            self.on_episode(episode)
+            self.recover(play, error)
+        elif play.see(future.result(), self.config):
+            self.finished.append(play.episode)
+            self.on_episode(play.episode)
             self.idle.append(play.env)
         else:
             self.request(play)
 
-    def recover(self, play: _Play, error: BaseException) -> None:
+    def recover(self, play: Play, error: BaseException) -> None:
         """Replay an episode whose environment failed, with the same seeds; after a second failure discard it."""
         again = play.attempt == 0
         self.counts["restarted" if again else "discarded"] += 1
@@ -459,41 +503,9 @@ class _Collector:
         else:
             self.idle.append(play.env)
 
-    def request(self, play: _Play) -> None:
+    def request(self, play: Play) -> None:
         """Queue the model's next reply."""
-        config, steps, seen = self.config, play.episode.steps, play.observation
-        recent = steps[-config.env.history :] if config.env.history else []
-        play.prompt, play.prompt_ids = prompts.fit_prompt(
-            self.engine.actor.encode,
-            config.rollout.max_prompt_tokens,
-            env=config.env.name,
-            task=seen.task,
-            observation=seen.text,
-            actions=seen.actions,
-            history=[(step.observation, step.action) for step in recent],
-            step=len(steps),
-            suggestions=self.suggestions,
-        )
-        seed = stable_seed(config.seed, self.iteration, play.episode.group, play.episode.member, len(steps))
-        sampling = Sampling(self.temperature, config.rollout.max_response_tokens, seed)
-        name = f"{play.episode.group}-{play.episode.member}-{len(steps)}-{play.attempt}"
+        play.ask(self.engine.actor, self.config, self.suggestions)
+        name = f"{play.episode.group}-{play.episode.member}-{len(play.episode.steps)}-{play.attempt}"
         self.generating[name] = play
-        self.engine.submit(name, play.prompt_ids, sampling)
-
-
-def _step(play: _Play, after: Observation, config: Config) -> Step:
-    """The record of the action just taken; `after` is what the environment answered."""
-    return Step(
-        prompt_ids=play.prompt_ids,
-        response_ids=play.sample.ids,
-        logprobs=play.sample.logprobs,
-        prompt=play.prompt,
-        response=play.response,
-        observation=play.observation.text,
-        action=play.reply.action,
-        valid=play.reply.valid,
-        available=play.reply.action in play.observation.actions,
-        reward=config.rollout.success_reward * float(after.won),
-        tag=play.reply.tag,
-        thought=play.reply.thought,
-    )
+        self.engine.submit(name, play.prompt_ids, play.sampling(self.config, self.iteration, self.temperature))

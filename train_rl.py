@@ -58,14 +58,19 @@ FREE_TO_CHANGE = {"train.iterations", "train.checkpoint_every", "train.keep_chec
 
 
 def main() -> None:
-    """The loop."""
+    """The command line."""
     command = configuration.parser(__doc__)
     command.add_argument("--dry-run", action="store_true", help="print the resolved config and the batch arithmetic")
     arguments = command.parse_args()
     config = configuration.load(arguments.config, arguments.set)
     if arguments.dry_run:
         print(dry_run(config))
-        return
+    else:
+        train(config)
+
+
+def train(config: Config) -> None:
+    """The loop."""
     rank, world = join_ranks(config)
     configuration.check_world(config, world)
     train_tasks = envs.tasks(config.env, config.env.level, "train")

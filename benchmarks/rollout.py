@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,10 @@ import torch
 from tqdm import tqdm
 
 import envs
-import prompts
 from config import Config
 from envs import Observation, Task
 from model import Actor, join_ranks, load_actor
-from rollout import Engine, Episode, Sample, Sampling, _Play, _step, collect, make_engine, stable_seed, sync
+from rollout import Engine, Episode, Play, Sample, Sampling, collect, make_engine, stable_seed, sync
 
 Generate = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[Sample]]
 RUNS = {  # name -> (environments are slow, compared with)
@@ -107,42 +107,26 @@ def collect_in_lock_step(
     with ThreadPoolExecutor(len(pool)) as threads:
         in_order = threads.map if pool[0].threaded else map
         for start in range(0, len(waiting), len(pool)):
-            live = [_Play(episode, env) for episode, env in zip(waiting[start:], pool, strict=False)]
-            for play, seen in zip(live, in_order(lambda play: play.env.reset(play.episode.task), live), strict=True):
-                play.observation = seen
-            while live:
-                _reply(generate, actor, live, config, iteration)
-                after = list(in_order(lambda play: play.env.step(play.reply.action), live))
-                for play, seen in zip(live, after, strict=True):
-                    play.episode.steps.append(_step(play, seen, config))
-                    play.observation = seen
-                    if seen.done or len(play.episode.steps) >= config.env.max_steps:
-                        on_episode(play.episode)
-                live = [p for p in live if not p.observation.done and len(p.episode.steps) < config.env.max_steps]
+            live = [Play(episode, env) for episode, env in zip(waiting[start:], pool, strict=False)]
+            answers = in_order(lambda play: play.env.reset(play.episode.task), live)
+            while live := _unfinished(live, answers, config, on_episode):
+                for play in live:
+                    play.ask(actor, config)
+                sampling = [play.sampling(config, iteration, config.rollout.temperature) for play in live]
+                samples = generate([play.prompt_ids for play in live], sampling)
+                actions = [play.hear(actor, config, sample) for play, sample in zip(live, samples, strict=True)]
+                answers = in_order(lambda play, action: play.env.step(action), live, actions)
     return waiting
 
 
-def _reply(generate: Generate, actor: Actor, live: Sequence[_Play], config: Config, iteration: int) -> None:
-    """The model's next reply in every live episode, by one call of `generate`."""
-    sampling = []
-    for play in live:
-        steps, seen = play.episode.steps, play.observation
-        recent = steps[-config.env.history :] if config.env.history else []
-        play.prompt, play.prompt_ids = prompts.fit_prompt(
-            actor.encode,
-            config.rollout.max_prompt_tokens,
-            env=config.env.name,
-            task=seen.task,
-            observation=seen.text,
-            actions=seen.actions,
-            history=[(step.observation, step.action) for step in recent],
-            step=len(steps),
-        )
-        seed = stable_seed(config.seed, iteration, play.episode.group, play.episode.member, len(steps))
-        sampling.append(Sampling(config.rollout.temperature, config.rollout.max_response_tokens, seed))
-    for play, sample in zip(live, generate([play.prompt_ids for play in live], sampling), strict=True):
-        play.sample, play.response = sample, actor.decode(sample.ids)
-        play.reply = prompts.parse_reply(play.response, config.prompt_style, config.env.name)
+def _unfinished(
+    live: Sequence[Play], answers: Iterable[Observation], config: Config, on_episode: Callable[[Episode], None]
+) -> list[Play]:
+    """The episodes that go on after their environments' answers."""
+    over = [play.see(seen, config) for play, seen in zip(live, list(answers), strict=True)]
+    for play in itertools.compress(live, over):
+        on_episode(play.episode)
+    return [play for play, ended in zip(live, over, strict=True) if not ended]
 
 
 def measure(name: str, engine: Engine, games: Sequence[Task], config: Config, delay: float, repeat: int) -> Measurement:

@@ -39,8 +39,12 @@ PROBLEM = """
 (:goal (and (exists (?r - receptacle) (exists (?o - object) (and (coolable ?o) (objectType ?o EggType)
     (receptacleType ?r CounterTopType) (isCool ?o) (inReceptacle ?o ?r))))))
 )"""
-GAME = {"pddl_domain": "", "grammar": '{"rhs": "Your task is to: cool some egg and put it in countertop."}',
-        "pddl_problem": PROBLEM, "solvable": True}
+GAME = {
+    "pddl_domain": "",
+    "grammar": '{"rhs": "Your task is to: cool some egg and put it in countertop."}',
+    "pddl_problem": PROBLEM,
+    "solvable": True,
+}
 
 
 def generated(count: int, **limits: int) -> list[games.Game]:
@@ -55,12 +59,21 @@ def wander(play: Play, rng: random.Random, steps: int) -> None:
 
 def test_transcript() -> None:
     play = Play(parse(GAME))
-    assert play.text == ("-= Welcome to TextWorld, ALFRED! =-\n\n"
-                         "You are in the middle of a room. Looking quickly around you, you see a countertop 2, a "
-                         "countertop 1, a fridge 1, and a sinkbasin 1.\n\n"
-                         "Your task is to: cool some egg and put it in countertop.")
-    assert play.actions == ["go to countertop 1", "go to countertop 2", "go to fridge 1", "go to sinkbasin 1", "help",
-                            "inventory", "look"]
+    assert play.text == (
+        "-= Welcome to TextWorld, ALFRED! =-\n\n"
+        "You are in the middle of a room. Looking quickly around you, you see a countertop 2, a "
+        "countertop 1, a fridge 1, and a sinkbasin 1.\n\n"
+        "Your task is to: cool some egg and put it in countertop."
+    )
+    assert play.actions == [
+        "go to countertop 1",
+        "go to countertop 2",
+        "go to fridge 1",
+        "go to sinkbasin 1",
+        "help",
+        "inventory",
+        "look",
+    ]
     for action, text in [
         ("look", "You are in the middle of a room. Looking quickly around you, you see nothing."),
         ("inventory", "You are not carrying anything."),
@@ -136,6 +149,7 @@ def test_oracle_wins_from_anywhere_one_step_at_a_time(limits: dict) -> None:
 
 def shortest(play: Play) -> int | None:
     """Breadth-first search over all admissible actions."""
+
     def fork(p: Play) -> Play:
         q = copy.copy(p)
         q.opened, q.toggled, q.sliced, q.taken_from = map(set, (p.opened, p.toggled, p.sliced, p.taken_from))
@@ -144,8 +158,9 @@ def shortest(play: Play) -> int | None:
         return q
 
     def key(p: Play) -> str:
-        return repr((p.location, p.held, *(sorted(s) for s in (p.opened, p.toggled, *p.changed.values(),
-                                                               *p.contents.values()))))
+        return repr(
+            (p.location, p.held, *(sorted(s) for s in (p.opened, p.toggled, *p.changed.values(), *p.contents.values())))
+        )
 
     seen, queue = {key(play)}, deque([(play, 0)])
     while queue:
@@ -172,22 +187,34 @@ def test_oracle_is_as_short_as_breadth_first_search() -> None:
 
 
 def test_hopeless_games_have_no_plan() -> None:
-    nowhere = GAME | {"pddl_problem": PROBLEM.replace("(canContain CounterTopType EggType)", "")
-                      .replace("(inReceptacle Egg_bar_1 CounterTop_bar_2)", "")}
+    nowhere = GAME | {
+        "pddl_problem": PROBLEM.replace("(canContain CounterTopType EggType)", "").replace(
+            "(inReceptacle Egg_bar_1 CounterTop_bar_2)", ""
+        )
+    }
     assert solve(parse(nowhere)) is None and distance(Play(parse(nowhere))) is None
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"grammar": '"rhs": "Your task is to: UNKNOWN GOAL."'}, "no task sentence"),
-    ({"grammar": '"rhs": "Your task is to: #help#."'}, "as grammar"),
-    ({"grammar": None}, "not a playable"),
-    ({"pddl_problem": ""}, ":init"),
-    ({"pddl_problem": 7}, "not a playable"),
-    ({"pddl_problem": PROBLEM.replace("(isCool ?o)", "(isSliced ?o)")}, "six task types"),
-    ({"pddl_problem": PROBLEM.replace("(atLocation agent1 loc_bar_0)", "")}, "not a playable"),
-    ({"pddl_problem": PROBLEM.replace("(receptacleAtLocation CounterTop_bar_2 loc_bar_2)", "")}, "every receptacle"),
-    ({"pddl_problem": PROBLEM.replace("(objectType Egg_bar_1 EggType)", "(objectType Egg_bar_1)")}, "not a playable"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grammar": '"rhs": "Your task is to: UNKNOWN GOAL."'}, "no task sentence"),
+        ({"grammar": '"rhs": "Your task is to: #help#."'}, "as grammar"),
+        ({"grammar": None}, "not a playable"),
+        ({"pddl_problem": ""}, ":init"),
+        ({"pddl_problem": 7}, "not a playable"),
+        ({"pddl_problem": PROBLEM.replace("(isCool ?o)", "(isSliced ?o)")}, "six task types"),
+        ({"pddl_problem": PROBLEM.replace("(atLocation agent1 loc_bar_0)", "")}, "not a playable"),
+        (
+            {"pddl_problem": PROBLEM.replace("(receptacleAtLocation CounterTop_bar_2 loc_bar_2)", "")},
+            "every receptacle",
+        ),
+        (
+            {"pddl_problem": PROBLEM.replace("(objectType Egg_bar_1 EggType)", "(objectType Egg_bar_1)")},
+            "not a playable",
+        ),
+    ],
+)
 def test_malformed_games_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(GAME | change)
@@ -238,11 +265,14 @@ def test_same_words_as_textworld(tmp_path: Path) -> None:
 
 def declared(problem: str) -> str:
     """PROBLEM as the planner wants it: with its objects declared."""
-    return problem.replace("agent1 - agent)", """agent1 - agent
+    return problem.replace(
+        "agent1 - agent)",
+        """agent1 - agent
         Fridge_bar_1 CounterTop_bar_1 CounterTop_bar_2 Sink_bar_1_bar_SinkBasin - receptacle
         Egg_bar_1 Egg_bar_2 Knife_bar_1 Sink_bar_1 - object loc_bar_0 loc_bar_1 loc_bar_2 loc_bar_3 - location
         EggType KnifeType ButterKnifeType SinkType - otype FridgeType CounterTopType SinkBasinType MicrowaveType - rtype
-    )""")
+    )""",
+    )
 
 
 @pytest.mark.skipif(not REAL_GAMES.exists(), reason="the published games are not here")

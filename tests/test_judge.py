@@ -76,6 +76,14 @@ def teacher_at(env_cfg: EnvConfig, task: envs.Task, *actions: str) -> ExpertTeac
     return teacher
 
 
+def verdict_of_progress(teacher: ExpertTeacher, action: str) -> int:
+    """The teacher's verdict, where exploring does not count: good exactly if the action shortens the way to win."""
+    before = games.distance(teacher.play)
+    verdict = teacher.judge(action)
+    assert verdict == (games.distance(teacher.play) < before)
+    return verdict
+
+
 def test_the_oracles_plan_is_good_throughout(small_games: Path) -> None:
     env_cfg, tasks = all_tasks(small_games)
     for task in tasks:
@@ -116,11 +124,7 @@ def test_exploring_is_good_once_and_only_where_the_object_could_be(small_games: 
             other = next(r for r in game.location_of if game.location_of[r] != location)
             away = f"go to {game.names[other]}"
             if fits and start.accessible(place) and holds_nothing:
-                teacher = teacher_at(env_cfg, task, go, away)
-                before = games.distance(teacher.play)
-                verdict = teacher.judge(go)
-                assert verdict == (games.distance(teacher.play) < before)  # good only as part of the way to win
-                seen["second visit", verdict] += 1
+                seen["second visit", verdict_of_progress(teacher_at(env_cfg, task, go, away), go)] += 1
             if fits and not start.accessible(place) and holds_nothing and place not in game.goal_receptacles:
                 teacher = teacher_at(env_cfg, task, go)  # closed: going and opening both search
                 for action, verdict in (("open", 1), ("close", 0), ("open", 0)):
@@ -139,11 +143,7 @@ def test_exploring_is_flawed_once_the_object_is_known(small_games: Path) -> None
         for done in (found, found + 1):  # lying in view, and in hand
             for action in teacher_at(env_cfg, task, *plan[:done]).play.actions:
                 if action.startswith("go to ") and game.task_type != games.TASK_TYPES[6]:
-                    teacher = teacher_at(env_cfg, task, *plan[:done])
-                    before = games.distance(teacher.play)
-                    verdict = teacher.judge(action)
-                    assert verdict == (games.distance(teacher.play) < before)
-                    seen[verdict] += 1
+                    seen[verdict_of_progress(teacher_at(env_cfg, task, *plan[:done]), action)] += 1
     assert seen[0] > 50 and seen[1] > 5
 
 

@@ -30,9 +30,15 @@ def test_layout(tmp_path: Path) -> None:
             game, traj = json.loads(path.read_text()), json.loads((path.parent / "traj_data.json").read_text())
             params = traj["pddl_params"]
             assert name == "game.tw-pddl" and trial == traj["task_id"]
-            assert task == "-".join([traj["task_type"], params["object_target"], "None",
-                                     params["parent_target"] or params["toggle_target"],
-                                     str(traj["scene"]["scene_num"])])
+            assert task == "-".join(
+                [
+                    traj["task_type"],
+                    params["object_target"],
+                    "None",
+                    params["parent_target"] or params["toggle_target"],
+                    str(traj["scene"]["scene_num"]),
+                ]
+            )
             assert traj["scene"]["floor_plan"] == f"FloorPlan{traj['scene']['scene_num']}"
             assert (traj["scene"]["scene_num"] in UNSEEN_FLOOR_PLANS) == (split == "unseen")
             assert parse(path).task_type == traj["task_type"]
@@ -43,16 +49,33 @@ def test_layout(tmp_path: Path) -> None:
 
 def test_same_bytes_from_the_same_seed_in_any_process(tmp_path: Path) -> None:
     make_games(tmp_path / "here", 6, 1, 1, seed=3, receptacles=8)
-    command = [sys.executable, "make_games.py", "--out", str(tmp_path / "there"), "--train", "6", "--seen", "1",
-               "--unseen", "1", "--seed", "3", "--receptacles", "8"]
+    command = [
+        sys.executable,
+        "make_games.py",
+        "--out",
+        str(tmp_path / "there"),
+        "--train",
+        "6",
+        "--seen",
+        "1",
+        "--unseen",
+        "1",
+        "--seed",
+        "3",
+        "--receptacles",
+        "8",
+    ]
     for hash_seed in ("0", "1"):  # sets iterate differently, games must not
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed})
         assert contents(tmp_path / "here") == contents(tmp_path / "there")
         (tmp_path / "there").rename(tmp_path / f"there{hash_seed}")
     make_games(tmp_path / "more", 9, 0, 2, seed=3, receptacles=8)
     more = contents(tmp_path / "more")
-    assert all(more[name] == data for name, data in contents(tmp_path / "here").items()
-               if "/train/" in name or "/valid_unseen/" in name)
+    assert all(
+        more[name] == data
+        for name, data in contents(tmp_path / "here").items()
+        if "/train/" in name or "/valid_unseen/" in name
+    )
     make_games(tmp_path / "other", 6, 1, 1, seed=4, receptacles=8)
     assert set(contents(tmp_path / "other")) != set(contents(tmp_path / "here"))
 
@@ -75,8 +98,9 @@ def test_a_folder_is_reused_finished_or_refused(tmp_path: Path, monkeypatch) -> 
         make_games(tmp_path, **asked)
 
 
-@pytest.mark.parametrize("bad", [{"types": ["pick_up"]}, {"types": [7]}, {"types": []}, {"train": -1},
-                                 {"receptacles": 2}, {"objects": 1}])
+@pytest.mark.parametrize(
+    "bad", [{"types": ["pick_up"]}, {"types": [7]}, {"types": []}, {"train": -1}, {"receptacles": 2}, {"objects": 1}]
+)
 def test_bad_requests_are_refused(tmp_path: Path, bad: dict) -> None:
     with pytest.raises(ValueError):
         make_games(tmp_path, **{"train": 1, "seen": 0, "unseen": 0, "seed": 0} | bad)
@@ -115,16 +139,19 @@ def test_games_are_fair(receptacles: int | None, objects: int | None) -> None:
 
 def test_sizes_are_those_of_the_published_games() -> None:
     found = [parse(make_game("train", index, 8)[0]) for index in range(180)]
-    assert 38 < mean(len(game.lies_at) for game in found) < 48       # published: 43
-    assert 19 < mean(len(game.location_of) for game in found) < 26   # published: 22.5
+    assert 38 < mean(len(game.lies_at) for game in found) < 48  # published: 43
+    assert 19 < mean(len(game.location_of) for game in found) < 26  # published: 22.5
 
 
 def test_alfworld_collects_and_textworld_wins_them(tmp_path: Path) -> None:
     pytest.importorskip("textworld")
     from alfworld.agents.environment.alfred_tw_env import AlfredTWEnv
+
     made = make_games(tmp_path, 6, 0, 0, seed=9, receptacles=6, objects=12)["train"]
-    config = {"dataset": {"data_path": str(tmp_path / "json_2.1.1" / "train"), "num_train_games": -1},
-              "env": {"goal_desc_human_anns_prob": 0, "task_types": list(TASK_TYPES)}}
+    config = {
+        "dataset": {"data_path": str(tmp_path / "json_2.1.1" / "train"), "num_train_games": -1},
+        "env": {"goal_desc_human_anns_prob": 0, "task_types": list(TASK_TYPES)},
+    }
     assert sorted(map(Path, AlfredTWEnv(config, train_eval="train").game_files)) == made
     for path in made:
         game = json.loads(path.read_text())
