@@ -53,7 +53,7 @@ from model import (
     token_logprobs,
 )
 
-DATA_VERSION = 4  # raise it when the code below makes other rows from the same config
+DATA_VERSION = 5  # raise it when the code below makes other rows from the same config
 
 TASK_FORMS = (  # ALFWorld's task sentences -> what is needed, in which state, and where it must go
     r"(?:look at|examine the) (?P<object>\w+) (?:under|with) the (?P<place>\w+)",
@@ -93,7 +93,7 @@ def thought(at: Situation) -> str:
 
     Example: "Need clean mug in shelf. Have nothing. Been drawer 1, desk 1. Here cd 1, mug 2. See mug 2."
     """
-    need = next(match for form in TASK_FORMS if (match := re.match(form, at.task)))
+    need = _need(at)
     state = need.groupdict().get("state")
     wanted = [f"{STATE.get(state, state)} {need['object']}", need["place"]]
     examined = [action.removeprefix("examine ") for action in at.actions if action.startswith("examine ")]
@@ -106,6 +106,10 @@ def thought(at: Situation) -> str:
         f"Been {', '.join(been) or 'nowhere'}. Here {', '.join(here) or 'nothing'}. "
         f"See {reach[0] if reach else 'nothing'}."
     )
+
+
+def _need(at: Situation) -> re.Match:
+    return next(match for form in TASK_FORMS if (match := re.match(form, at.task)))
 
 
 def reply(at: Situation, action: str) -> str:
@@ -185,36 +189,50 @@ class Turn:
 def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
     """The expert's play of one game, or [] if it did not win within env.max_steps.
 
-    With probability sft.noise a random action is played instead and not taught: the expert shows how to recover.
+    With probability sft.noise a slip is played instead and not taught: the expert shows how to recover.
     """
     env, expert = envs.make_env(config.env), envs.make_expert(config.env, rng.getrandbits(32))
     seen, action = env.reset(task), expert.reset(task)
     turns: list[Turn] = []
     while action is not None and not seen.done and len(turns) < config.env.max_steps:
-        noise = rng.random() < config.sft.noise
-        action = rng.choice(seen.actions) if noise else action
-        turns.append(Turn(_situation(config, seen, turns), action, not noise))
+        at, slips = _situation(config, seen, turns), rng.random() < config.sft.noise
+        action = _slip(at, turns, rng) if slips else action
+        turns.append(Turn(at, action, not slips))
         seen, action = env.step(action), expert.step(action)
     return turns if seen.won else []
 
 
 def _random_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
-    """Random play: a random kind of action, then a random one of that kind. Noise is an action from an earlier step,
-    mostly no longer possible: what follows shows how "Nothing happens." reads. Steps with nothing needed in sight
-    abound, so only one in five of them is taught."""
+    """Random play: a random kind of action, then a random one of that kind; slips as in the expert's, for what follows
+    "Nothing happens.". Steps with nothing needed in sight abound, so only one in five of them is taught."""
     env = envs.make_env(config.env)
     seen = env.reset(task)
     turns: list[Turn] = []
     while not seen.done and len(turns) < config.env.max_steps:
-        noise = bool(turns) and rng.random() < config.sft.noise
-        offered = rng.choice(turns).at.actions if noise else seen.actions
-        kind = rng.choice(sorted({action.split(" ")[0] for action in offered}))
-        action = rng.choice([action for action in offered if action.split(" ")[0] == kind])
-        at = _situation(config, seen, turns)
+        at, slips = _situation(config, seen, turns), rng.random() < config.sft.noise
+        action = _slip(at, turns, rng) if slips else _of_random_kind(at.actions, rng)
         rare = not thought(at).endswith("See nothing.")
-        turns.append(Turn(at, action, not noise and (rare or rng.random() < 1 / 5)))
+        turns.append(Turn(at, action, not slips and (rare or rng.random() < 1 / 5)))
         seen = env.step(action)
     return turns
+
+
+def _of_random_kind(actions: Sequence[str], rng: random.Random) -> str:
+    kind = rng.choice(sorted({action.split(" ")[0] for action in actions}))
+    return rng.choice([action for action in actions if action.split(" ")[0] == kind])
+
+
+def _slip(at: Situation, turns: Sequence[Turn], rng: random.Random) -> str:
+    """A mistake of the kinds that models make: an admissible action at random, one of an earlier step (by now mostly
+    impossible), or a grasp for the needed object as if it were here."""
+    kind = rng.choice(("random", "earlier", "grasp"))
+    if kind == "earlier" and turns:
+        return _of_random_kind(rng.choice(turns).at.actions, rng)
+    places = [action.removeprefix("examine ") for action in at.actions if action.startswith("examine ")]
+    places = [name for name in places if name.split()[0] in envs.RECEPTACLE_TYPES]
+    if kind == "grasp" and places:
+        return f"take {_need(at)['object']} {rng.randint(1, 3)} from {rng.choice(places)}"
+    return rng.choice(at.actions)
 
 
 def _situation(config: Config, seen: envs.Observation, turns: Sequence[Turn]) -> Situation:
