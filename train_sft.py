@@ -224,14 +224,16 @@ def _of_random_kind(actions: Sequence[str], rng: random.Random) -> str:
 
 def _slip(at: Situation, turns: Sequence[Turn], rng: random.Random) -> str:
     """A mistake of the kinds that models make: an admissible action at random, one of an earlier step (by now mostly
-    impossible), or a grasp for the needed object as if it were here."""
-    kind = rng.choice(("random", "earlier", "grasp"))
+    impossible), a grasp for the needed object as if it were here, or going where one is."""
+    kind = rng.choice(("random", "earlier", "grasp", "stay"))
     if kind == "earlier" and turns:
         return _of_random_kind(rng.choice(turns).at.actions, rng)
     places = [action.removeprefix("examine ") for action in at.actions if action.startswith("examine ")]
     places = [name for name in places if name.split()[0] in envs.RECEPTACLE_TYPES]
     if kind == "grasp" and places:
         return f"take {_need(at)['object']} {rng.randint(1, 3)} from {rng.choice(places)}"
+    if kind == "stay" and places:
+        return f"go to {rng.choice(places)}"
     return rng.choice(at.actions)
 
 

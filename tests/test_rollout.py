@@ -5,6 +5,7 @@ import dataclasses
 import random
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -418,3 +419,12 @@ def test_json_of_an_episode(episodes):
     assert {"prompt", "prompt_ids", "response_ids", "logprobs"} == set(whole["steps"][0]) - set(short["steps"][0])
     assert whole["steps"][0]["response_ids"] == episodes[0].steps[0].response_ids
     assert short["task"]["id"] == episodes[0].task.id and short["steps"][0]["action"] == episodes[0].steps[0].action
+
+
+def test_the_benchmark_prints_its_ratios(small_games: Path, tmp_path: Path) -> None:
+    sets = (f"env.data={small_games}", "env.max_steps=3", "rollout.kv_cache_gib=0.1")
+    sizes = ("--games", "2", "--group-size", "2", "--repeats", "1", "--delay", "0.01")
+    printed = tiny.run("benchmarks/rollout.py", "--ckpt", tiny.checkpoint(small_games), "--config",
+                       tiny.ROOT / "configs/quickstart.yaml", *sizes, "--set", *sets, cwd=tmp_path)  # fmt: skip
+    ratios = [line.split() for line in printed.splitlines() if line.strip().startswith("ratio")]
+    assert len(ratios) == 2 and all(float(ratio[1]) > 0 and float(ratio[4]) > 0 for ratio in ratios), printed

@@ -235,6 +235,28 @@ def test_rows_teach_the_experts_actions_and_not_the_noise(
         assert seen.won and len(episode) <= config.env.max_steps
 
 
+def test_slips_are_of_all_kinds_and_mostly_impossible(small_games: Path, watched: SimpleNamespace) -> None:
+    list(make_rows(config_of(small_games, noise=0.3)))
+    kinds = Counter()
+    for _, episode, _ in watched.episodes:
+        for index, turn in enumerate(episode):
+            if turn.taught:
+                continue
+            earlier = {action for before in episode[:index] for action in before.at.actions}
+            grasp = rf"take {thought(turn.at).split()[2]} [123] from \w+ \d+"
+            if turn.action in turn.at.actions:
+                kinds["admissible"] += 1
+            elif turn.action.startswith("go to "):  # where it is; every other place is admissible
+                kinds["stay"] += 1
+                assert turn.action.replace("go to", "examine") in turn.at.actions
+            elif turn.action in earlier:
+                kinds["earlier"] += 1
+            else:
+                kinds["grasp"] += 1
+                assert re.fullmatch(grasp, turn.action)
+    assert len(kinds) == 4 and min(kinds.values()) >= 2 and kinds["admissible"] < sum(kinds.values()) / 2, kinds
+
+
 def test_episodes_take_the_games_in_turn(small_games: Path, watched: SimpleNamespace) -> None:
     list(make_rows(config_of(small_games, episodes=48)))
     counts = Counter(task.id for task, _, _ in watched.episodes)
