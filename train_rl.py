@@ -89,8 +89,7 @@ def train(config: Config) -> None:
     log = Log(config, start) if rank == 0 else None
 
     for iteration in range(start, config.train.iterations):
-        clock, counts = Clock(), Counter()
-        rng = random.Random(f"{config.seed} {iteration} {rank}")
+        clock, counts, rng = Clock(), Counter(), random.Random(f"{config.seed} {iteration} {rank}")
 
         # ---- Sample tasks: the same for every world size; this rank plays its share of the groups
         first = rank * own_groups
