@@ -1,5 +1,6 @@
 # make quickstart   venv, games, cold start, RL with GCD, evaluation: from nothing to a table, on a laptop
 # make test         venv, the whole test suite
+# make repeat       the quickstart with 3 training seeds, with GCD and without: the README's table
 # make base         trains the tiny base model under assets/ anew
 # make clean        forgets the games and runs that quickstart made
 #
@@ -19,9 +20,11 @@ GAMES := data/quickstart_games/made_games.json
 BASE := runs/quickstart_base/eval.json
 COLD := runs/quickstart_sft/checkpoints/latest
 TRAINED := runs/quickstart/checkpoints/latest
+REPEATS := $(foreach seed,0 1 2,$(foreach kind,sft plain gcd,runs/repeat_$(kind)_$(seed)))
 
-.PHONY: quickstart test base clean venv
+.PHONY: quickstart test repeat base clean venv
 .DELETE_ON_ERROR:
+.SECONDARY:
 
 quickstart: $(BASE) runs/quickstart_sft/eval.json runs/quickstart/eval.json
 	@echo
@@ -70,6 +73,27 @@ runs/quickstart/eval.json: | $(COLD)
 	$(RUN) train_rl.py configs/quickstart.yaml $(SET)
 	$(RUN) evaluate.py --ckpt $(TRAINED) $(SET)
 
+repeat: $(REPEATS:%=%/eval.json)
+	@$(BIN)/python evaluate.py --table $(sort $(REPEATS))
+
+runs/repeat_sft_%/checkpoints/latest: | $(GAMES)
+	$(RUN) train_sft.py configs/quickstart_sft.yaml $(SET) seed=$* name=repeat_sft_$*
+
+runs/repeat_sft_%/eval.json: | runs/repeat_sft_%/checkpoints/latest
+	$(RUN) evaluate.py --ckpt runs/repeat_sft_$*/checkpoints/latest --config configs/quickstart.yaml --out $(@D) $(SET)
+
+define repeat_rl
+	$(RUN) train_rl.py configs/quickstart.yaml $(SET) seed=$* name=$(notdir $(@D)) \
+		model.path=runs/repeat_sft_$*/checkpoints/latest $(1)
+	$(RUN) evaluate.py --ckpt $(@D)/checkpoints/latest $(SET)
+endef
+
+runs/repeat_plain_%/eval.json: | runs/repeat_sft_%/checkpoints/latest
+	$(call repeat_rl,judge.enabled=false guidelines.every=0)
+
+runs/repeat_gcd_%/eval.json: | runs/repeat_sft_%/checkpoints/latest
+	$(call repeat_rl)
+
 base: $(READY)
 	$(BIN)/python make_games.py --out data/base_games --train 6000 --seen 0 --unseen 0 --seed 1001 \
 		--receptacles 6 --objects 12
@@ -78,4 +102,4 @@ base: $(READY)
 	mkdir -p assets/base && cp -L runs/base_reading/checkpoints/latest/* assets/base/
 
 clean:
-	rm -rf runs/quickstart runs/quickstart_base runs/quickstart_sft data/quickstart_games data/sft
+	rm -rf runs/quickstart runs/quickstart_base runs/quickstart_sft runs/repeat_* data/quickstart_games data/sft
