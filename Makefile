@@ -1,6 +1,6 @@
 # make quickstart   venv, games, cold start, RL with GCD, evaluation: from nothing to a table, on a laptop
 # make test         venv, the whole test suite
-# make repeat       the quickstart with 3 training seeds, with GCD and without: the README's table
+# make repeat       the quickstart with 3 training seeds, with GCD and without
 # make base         trains the tiny base model under assets/ anew
 # make clean        forgets the games and runs that quickstart made
 #
