@@ -50,13 +50,14 @@ def judge_reward(critique: prompts.Critique, label: int) -> float:
 class ExpertTeacher:
     """Judges actions of one ALFWorld game with the full state in view.
 
-    Good: the action shortens the oracle's remaining plan; or, while no object of the task has been seen, it visits or
-    opens a place not yet searched that could hold one. Everything else is flawed.
+    Good: the action shortens the oracle's remaining plan; or, while no object of the task has been seen, it goes for the
+    first time to a place that could hold one, or opens it. Everything else is flawed.
     """
 
     def __init__(self, env_cfg: EnvConfig, task: envs.Task) -> None:
         self.play = games.Play(envs.parsed_game(env_cfg, task))
-        self.searched: set[int] = set()
+        self.visited: set[int] = set()
+        self.searched: set[int] = set()  # visited and open to the eye
 
     def judge(self, action: str) -> int:
         """The label of `action` in the current state, which it then carries out."""
@@ -70,14 +71,15 @@ class ExpertTeacher:
         place = game.names.index(action.removeprefix(command)) if admissible and command else None
         explores = (
             place in game.location_of
-            and place not in self.searched
+            and place not in (self.searched if command == "open " else self.visited)
             and not known
             and bool(game.fits.get(place, frozenset()) & game.goal_objects)
         )
         if action != "help":
             play.step(action)
         after = games.distance(play)
-        self.searched |= {here for here in game.receptacles_at.get(play.location, ()) if play.accessible(here)}
+        self.visited |= set(play.here)
+        self.searched |= {place for place in play.here if play.accessible(place)}
         nearer = play.won or (before is not None and after is not None and after < before)
         return int(admissible and (nearer or explores))
 

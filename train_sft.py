@@ -53,7 +53,7 @@ from model import (
     token_logprobs,
 )
 
-DATA_VERSION = 5  # raise it when the code below makes other rows from the same config
+DATA_VERSION = 6  # raise it when the code below makes other rows from the same config
 
 TASK_FORMS = (  # ALFWorld's task sentences -> what is needed, in which state, and where it must go
     r"(?:look at|examine the) (?P<object>\w+) (?:under|with) the (?P<place>\w+)",
@@ -62,7 +62,7 @@ TASK_FORMS = (  # ALFWorld's task sentences -> what is needed, in which state, a
     r"(?P<state>clean|heat|cool) some (?P<object>\w+) and put it in (?P<place>\w+)",
     r"put (?:a|some) (?P<object>\w+) (?:in|on) (?P<place>\w+)",
 )
-STATE = {"heat": "hot", None: "a"}
+STATE = {"clean": "clean", "heat": "hot", "hot": "hot", "cool": "cool", "two": "two", None: "a"}
 
 ADVICE = {  # what the offline critic advises, by what was wrong or right
     "inadmissible": "Read the current observation and choose an admissible action.",
@@ -89,23 +89,32 @@ class Situation:
 
 
 def thought(at: Situation) -> str:
-    """What the agent can read off its prompt: need, what it holds, where it went, what is in reach, what of it counts.
+    """What the agent can read off its prompt: need, what it holds, where it went, what is in reach, what of it all counts.
 
-    Example: "Need clean mug in shelf. Have nothing. Been drawer 1, desk 1. Here cd 1, mug 2. See mug 2."
+    What counts is an object that is needed, where one is in reach; the place for it, once it is held as needed.
+    Example: "Need clean mug in shelf. Have nothing. Been drawer 1, desk 1. Here cd 1, mug 2. Next mug 2.", and when
+    that mug is clean: "Need clean mug in shelf. Have clean mug 2. Been sinkbasin 1. Here nothing. Next shelf 1."
     """
-    need = _need(at)
-    state = need.groupdict().get("state")
-    wanted = [f"{STATE.get(state, state)} {need['object']}", need["place"]]
-    examined = [action.removeprefix("examine ") for action in at.actions if action.startswith("examine ")]
-    held = [name for name in examined if name.split()[0] not in envs.RECEPTACLE_TYPES]  # only what is held or stood at
+    need, held = _need(at), _held(at)
+    wanted, kind, place = STATE[need.groupdict().get("state")], need["object"], need["place"]
+    texts = (*(text for text, _ in at.history), at.observation)
+    states = [STATE[match[1]] for text in texts if (match := re.match(rf"You (clean|heat|cool) the {held} using", text))]
+    ready = held.split()[0] == kind and (wanted in ("a", "two") or states[-1:] == [wanted])
     been = [action.removeprefix("go to ") for _, action in at.history if action.startswith("go to ")]
     here = [match[1] for action in at.actions if (match := re.match(r"(?:take|use) (\w+ \d+)", action))]
-    reach = [name for name in here if name.split()[0] in (need["object"], need["place"])]
+    reach = here + [match[1] for action in at.actions if (match := re.match(r"(?:go to|examine) (\w+ \d+)", action))]
+    counts = [name for name in reach if name.split()[0] == (place if ready else kind) and name != held]
     return (
-        f"Need {' in '.join(wanted)}. Have {held[0] if held else 'nothing'}. "
+        f"Need {wanted} {kind} in {place}. Have {' '.join(states[-1:] + [held])}. "
         f"Been {', '.join(been) or 'nowhere'}. Here {', '.join(here) or 'nothing'}. "
-        f"See {reach[0] if reach else 'nothing'}."
+        f"Next {counts[0] if counts else 'nothing'}."
     )
+
+
+def _held(at: Situation) -> str:
+    """The object in hand, or "nothing": only what is held or stood at can be examined."""
+    examined = (action.removeprefix("examine ") for action in at.actions if action.startswith("examine "))
+    return next((name for name in examined if name.split()[0] not in envs.RECEPTACLE_TYPES), "nothing")
 
 
 def _need(at: Situation) -> re.Match:
@@ -203,22 +212,23 @@ def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list
 
 
 def _random_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
-    """Random play: a random kind of action, then a random one of that kind; slips as in the expert's, for what follows
-    "Nothing happens.". Steps with nothing needed in sight abound, so only one in five of them is taught."""
+    """Random play: a random kind of action, those that change nothing less often, then a random one of that kind; slips
+    as in the expert's, for what follows "Nothing happens.". Steps where nothing counts abound: one in five is taught."""
     env = envs.make_env(config.env)
     seen = env.reset(task)
     turns: list[Turn] = []
     while not seen.done and len(turns) < config.env.max_steps:
         at, slips = _situation(config, seen, turns), rng.random() < config.sft.noise
         action = _slip(at, turns, rng) if slips else _of_random_kind(at.actions, rng)
-        rare = not thought(at).endswith("See nothing.")
+        rare = not thought(at).endswith("Next nothing.")
         turns.append(Turn(at, action, not slips and (rare or rng.random() < 1 / 5)))
         seen = env.step(action)
     return turns
 
 
 def _of_random_kind(actions: Sequence[str], rng: random.Random) -> str:
-    kind = rng.choice(sorted({action.split(" ")[0] for action in actions}))
+    kinds = sorted({action.split(" ")[0] for action in actions})
+    (kind,) = rng.choices(kinds, [1 / 4 if kind in ("look", "inventory", "examine", "close") else 1 for kind in kinds])
     return rng.choice([action for action in actions if action.split(" ")[0] == kind])
 
 

@@ -123,14 +123,14 @@ def test_exploring_is_good_once_and_only_where_the_object_could_be(small_games: 
             holds_nothing = not start.contents[place] & game.goal_objects
             other = next(r for r in game.location_of if game.location_of[r] != location)
             away = f"go to {game.names[other]}"
-            if fits and start.accessible(place) and holds_nothing:
+            if fits and holds_nothing:
                 seen["second visit", verdict_of_progress(teacher_at(env_cfg, task, go, away), go)] += 1
             if fits and not start.accessible(place) and holds_nothing and place not in game.goal_receptacles:
                 teacher = teacher_at(env_cfg, task, go)  # closed: going and opening both search
                 for action, verdict in (("open", 1), ("close", 0), ("open", 0)):
                     assert teacher.judge(f"{action} {game.names[place]}") == verdict
                 seen["opened"] += 1
-    assert seen["cannot hold"] > 5 and seen["second visit", 0] > 20 and seen["opened"] > 10
+    assert seen["cannot hold"] > 5 and seen["second visit", 0] > 40 and seen["opened"] > 10
 
 
 def test_exploring_is_flawed_once_the_object_is_known(small_games: Path) -> None:
