@@ -50,8 +50,8 @@ def judge_reward(critique: prompts.Critique, label: int) -> float:
 class ExpertTeacher:
     """Judges actions of one ALFWorld game with the full state in view.
 
-    Good: the action shortens the oracle's remaining plan; or, while no object of the task has been seen, it goes for the
-    first time to a place that could hold one, or opens it. Everything else is flawed.
+    Good: the action shortens the oracle's remaining plan; or, while no object of the task has been seen, it goes for
+    the first time to a place that could hold one, or opens it. Everything else is flawed.
     """
 
     def __init__(self, env_cfg: EnvConfig, task: envs.Task) -> None:

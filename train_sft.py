@@ -89,7 +89,7 @@ class Situation:
 
 
 def thought(at: Situation) -> str:
-    """What the agent can read off its prompt: need, what it holds, where it went, what is in reach, what of it all counts.
+    """What the agent can read off its prompt: need, what it holds, where it went, what is in reach, what of it counts.
 
     What counts is an object that is needed, where one is in reach; the place for it, once it is held as needed.
     Example: "Need clean mug in shelf. Have nothing. Been drawer 1, desk 1. Here cd 1, mug 2. Next mug 2.", and when
@@ -98,7 +98,8 @@ def thought(at: Situation) -> str:
     need, held = _need(at), _held(at)
     wanted, kind, place = STATE[need.groupdict().get("state")], need["object"], need["place"]
     texts = (*(text for text, _ in at.history), at.observation)
-    states = [STATE[match[1]] for text in texts if (match := re.match(rf"You (clean|heat|cool) the {held} using", text))]
+    changes = (re.match(rf"You (clean|heat|cool) the {held} using", text) for text in texts)
+    states = [STATE[match[1]] for match in changes if match]
     ready = held.split()[0] == kind and (wanted in ("a", "two") or states[-1:] == [wanted])
     been = [action.removeprefix("go to ") for _, action in at.history if action.startswith("go to ")]
     here = [match[1] for action in at.actions if (match := re.match(r"(?:take|use) (\w+ \d+)", action))]
@@ -213,7 +214,7 @@ def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list
 
 def _random_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
     """Random play: a random kind of action, those that change nothing less often, then a random one of that kind; slips
-    as in the expert's, for what follows "Nothing happens.". Steps where nothing counts abound: one in five is taught."""
+    as the expert's, for what follows "Nothing happens.". Steps where nothing counts abound: one in 5 is taught."""
     env = envs.make_env(config.env)
     seen = env.reset(task)
     turns: list[Turn] = []

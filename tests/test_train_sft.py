@@ -71,7 +71,8 @@ def test_a_thought_in_full() -> None:
     assert thought(at("look at mug under the desklamp.", "use desklamp 1, examine mug 2, examine desk 1")) == (
         "Need a mug in desklamp. Have mug 2. Been nowhere. Here desklamp 1. Next desklamp 1."
     )
-    assert thought(at("look at mug under the desklamp.", "use desklamp 1, take mug 2 from desk 1")).endswith("Next mug 2.")
+    actions = "take mug 2 from desk 1, use desklamp 1"
+    assert thought(at("look at mug under the desklamp.", actions)).endswith("Here mug 2, desklamp 1. Next mug 2.")
     assert thought(at("put some mug on desk.", "examine desk 1, examine mug 2")).endswith("Next desk 1.")
 
 
