@@ -213,7 +213,7 @@ def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list
 
 
 def _random_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
-    """Random play: a random kind of action, those that change nothing less often, then a random one of that kind; slips
+    """Random play: a random kind of action, those that lead nowhere less often, then a random one of that kind; slips
     as the expert's, for what follows "Nothing happens.". Steps where nothing counts abound: one in 5 is taught."""
     env = envs.make_env(config.env)
     seen = env.reset(task)
