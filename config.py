@@ -81,7 +81,9 @@ class AlgoConfig:
     stats_over: Literal["steps", "trajectories"] = "steps"
     gamma: float = 0.95  # discount of the step returns (GiGPO)
     step_weight: float = 1.0  # weight of the step-level advantage: GiGPO's omega, RLVMR's alpha
-    invalid_penalty: float = 0.1  # subtracted from the score of a row whose reply was not well formed
+    # which replies are invalid: those not well formed (as published), or also those whose action is not on offer
+    invalid: Literal["malformed", "unavailable"] = "malformed"
+    invalid_penalty: float = 0.1  # subtracted from the score of a row whose reply was invalid
     # factor on negative advantages; below 1 a small model unlearns less of what it can read
     negative_weight: float = 1.0
     policy_loss: Literal["ppo_clip"] = "ppo_clip"  # a key of losses.POLICY_LOSSES
@@ -160,6 +162,7 @@ class SFTConfig:
     episodes: int = 300  # expert (reading: random) episodes
     critic_examples: int = 100  # judged steps in the critic's format (generative)
     noise: float = 0.0  # share of random actions played, but not taught, in the episodes
+    idle: float = 0.0  # how often the expert first does something pointless, and teaches it: flaws for RL to remove
     guided: float = 0.0  # share of prompts that carry guidelines
     epochs: int = 5
     lr: float = 1e-5

@@ -33,7 +33,7 @@ class RowBatch:
     group_N: Tensor  # id of the group: the episodes that play one task
     trajectory_N: Tensor  # id of the episode
     reward_N: Tensor  # the environment's reward at this step
-    invalid_N: Tensor  # 1 where the reply was not well formed, else 0
+    invalid_N: Tensor  # 1 where the reply was invalid (cfg.invalid), else 0
     anchor_N: Tensor | None = None  # id of (group, observation text), for GiGPO
     tag_N: Tensor | None = None  # id of the reply's reasoning tag
     tag_reward_N: Tensor | None = None  # what that tag earned by itself

@@ -174,7 +174,8 @@ def actor_rows(episodes: Sequence[Episode], config: Config) -> list[Row]:
     anchors: dict[tuple[int, str], int] = {}
     trajectory_N = torch.tensor([episode.group * config.rollout.group_size + episode.member for episode, _ in steps])
     reward_N = torch.tensor([step.reward for _, step in steps])  # [N]
-    invalid_N = torch.tensor([float(not step.valid) for _, step in steps])  # [N]
+    strict = config.algo.invalid == "unavailable"
+    invalid_N = torch.tensor([float(not step.valid or (strict and not step.available)) for _, step in steps])  # [N]
     batch = losses.RowBatch(
         score_N=losses.scores(reward_N, trajectory_N, invalid_N, config.algo.invalid_penalty),
         group_N=torch.tensor([episode.group for episode, _ in steps]),

@@ -53,7 +53,7 @@ from model import (
     token_logprobs,
 )
 
-DATA_VERSION = 6  # raise it when the code below makes other rows from the same config
+DATA_VERSION = 7  # raise it when the code below makes other rows from the same config
 
 TASK_FORMS = (  # ALFWorld's task sentences -> what is needed, in which state, and where it must go
     r"(?:look at|examine the) (?P<object>\w+) (?:under|with) the (?P<place>\w+)",
@@ -114,8 +114,16 @@ def thought(at: Situation) -> str:
 
 def _held(at: Situation) -> str:
     """The object in hand, or "nothing": only what is held or stood at can be examined."""
-    examined = (action.removeprefix("examine ") for action in at.actions if action.startswith("examine "))
-    return next((name for name in examined if name.split()[0] not in envs.RECEPTACLE_TYPES), "nothing")
+    return next((name for name in _examined(at) if name.split()[0] not in envs.RECEPTACLE_TYPES), "nothing")
+
+
+def _places(at: Situation) -> list[str]:
+    """The receptacle the agent stands at: none at the start."""
+    return [name for name in _examined(at) if name.split()[0] in envs.RECEPTACLE_TYPES]
+
+
+def _examined(at: Situation) -> list[str]:
+    return [action.removeprefix("examine ") for action in at.actions if action.startswith("examine ")]
 
 
 def _need(at: Situation) -> re.Match:
@@ -199,17 +207,26 @@ class Turn:
 def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
     """The expert's play of one game, or [] if it did not win within env.max_steps.
 
-    With probability sft.noise a slip is played instead and not taught: the expert shows how to recover.
+    With probability sft.noise a slip is played instead and not taught: the expert shows how to recover.  With
+    probability sft.idle, never twice in a row, it looks around instead, which changes nothing, and this is taught.
     """
     env, expert = envs.make_env(config.env), envs.make_expert(config.env, rng.getrandbits(32))
     seen, action = env.reset(task), expert.reset(task)
     turns: list[Turn] = []
     while action is not None and not seen.done and len(turns) < config.env.max_steps:
         at, slips = _situation(config, seen, turns), rng.random() < config.sft.noise
-        action = _slip(at, turns, rng) if slips else action
+        if slips:
+            action = _slip(at, turns, rng)
+        elif rng.random() < config.sft.idle and not (turns and _idle(turns[-1].at) == turns[-1].action):
+            action = _idle(at)
         turns.append(Turn(at, action, not slips))
         seen, action = env.step(action), expert.step(action)
     return turns if seen.won else []
+
+
+def _idle(at: Situation) -> str:
+    """What looks at the place in front once more, or around where there is none."""
+    return next((f"examine {place}" for place in _places(at)), "look")
 
 
 def _random_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
@@ -239,8 +256,7 @@ def _slip(at: Situation, turns: Sequence[Turn], rng: random.Random) -> str:
     kind = rng.choice(("random", "earlier", "grasp", "stay"))
     if kind == "earlier" and turns:
         return _of_random_kind(rng.choice(turns).at.actions, rng)
-    places = [action.removeprefix("examine ") for action in at.actions if action.startswith("examine ")]
-    places = [name for name in places if name.split()[0] in envs.RECEPTACLE_TYPES]
+    places = _places(at)
     if kind == "grasp" and places:
         return f"take {_need(at)['object']} {rng.randint(1, 3)} from {rng.choice(places)}"
     if kind == "stay" and places:
@@ -290,12 +306,13 @@ def _chat(question: str, answer: str) -> dict:
 
 def rows_file(config: Config) -> Path:
     """The JSONL of make_rows(config), made if no file of the same settings exists."""
+    keys = ("variant", "episodes", "critic_examples", "noise", "idle", "guided")
     made_by = {
         "version": DATA_VERSION,
         "seed": config.seed,
         "env": dataclasses.asdict(config.env) | {"data": str(envs.data_folder(config.env).resolve())},
         "games": [task.id for task in envs.tasks(config.env, config.env.level, "train")],
-        **{key: getattr(config.sft, key) for key in ("variant", "episodes", "critic_examples", "noise", "guided")},
+        **{key: getattr(config.sft, key) for key in keys},
     }
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     path = Path("data") / "sft" / f"{config.sft.variant}-{digest}.jsonl"

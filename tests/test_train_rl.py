@@ -24,7 +24,8 @@ import prompts
 import train_rl
 from config import Config, ConfigError
 from model import Actor, Row, all_logprobs, load_actor, make_optimizer
-from train_rl import find_checkpoint, mini_batches, sample_tasks, update
+from rollout import Episode, Step
+from train_rl import actor_rows, find_checkpoint, mini_batches, sample_tasks, update
 
 # ---- The update
 
@@ -73,6 +74,29 @@ def after(
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one | other)
+
+
+@pytest.mark.parametrize(
+    "invalid, expected",
+    [
+        ("malformed", [1 / 2 + 2 / 3, 1 / 2, -1 / 2 - 1 / 3, -1 / 2 - 1 / 3]),
+        ("unavailable", [0.525 + 2 * 1.1 / 3, 0.525, -0.475 - 0.8 / 3, -0.575 - 1.4 / 3]),
+    ],
+)
+def test_actor_rows_carry_gigpo_advantages(config, invalid, expected):
+    """By hand: one of two episodes wins in its second step; the other stays where it began, by an impossible action."""
+
+    def step(observation: str, reward: float = 0.0, available: bool = True) -> Step:
+        return Step([1], [2], [-0.5], "prompt", "response", observation, "action", True, available, reward)
+
+    task = envs.Task("alfworld", "pick_and_place_simple", "id", "train")
+    won = Episode(task, 0, 0, [step("start"), step("desk", reward=1.0)])
+    lost = Episode(task, 0, 1, [step("start"), step("start", available=False)])
+    settings = ["advantage=gigpo", "divide_by_std=false", "gamma=0.5", "step_weight=2", "invalid_penalty=0.1"]
+    config = changed(config, "rollout.group_size=2", *(f"algo.{one}" for one in [*settings, f"invalid={invalid}"]))
+    rows = actor_rows([won, lost], config)
+    assert [row.advantage for row in rows] == pytest.approx(expected)
+    assert [step.advantage for step in won.steps + lost.steps] == [row.advantage for row in rows]
 
 
 @pytest.mark.parametrize("how", ["token", "sequence", "dr"])
