@@ -217,8 +217,8 @@ def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list
         at, slips = _situation(config, seen, turns), rng.random() < config.sft.noise
         if slips:
             action = _slip(at, turns, rng)
-        elif rng.random() < config.sft.idle and not (turns and _idle(turns[-1].at) == turns[-1].action):
-            action = _idle(at)
+        elif config.sft.idle and rng.random() < config.sft.idle:  # at 0 the rows are those without the option
+            action = action if turns and turns[-1].action == _idle(turns[-1].at) else _idle(at)
         turns.append(Turn(at, action, not slips))
         seen, action = env.step(action), expert.step(action)
     return turns if seen.won else []

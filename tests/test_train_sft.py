@@ -272,8 +272,8 @@ def test_idle_steps_are_taught_change_nothing_and_never_follow_each_other(
     assert 0.35 < flawed / (flawed + sound) < 0.65  # of the steps that may be idle
 
 
-def test_slips_are_of_all_kinds_and_about_half_impossible(small_games: Path, watched: SimpleNamespace) -> None:
-    list(make_rows(config_of(small_games, noise=0.3, episodes=48)))
+def test_slips_are_of_all_kinds_and_mostly_impossible(small_games: Path, watched: SimpleNamespace) -> None:
+    list(make_rows(config_of(small_games, noise=0.3)))
     kinds = Counter()
     for _, episode, _ in watched.episodes:
         for index, turn in enumerate(episode):
@@ -291,7 +291,7 @@ def test_slips_are_of_all_kinds_and_about_half_impossible(small_games: Path, wat
             else:
                 kinds["grasp"] += 1
                 assert re.fullmatch(grasp, turn.action)
-    assert len(kinds) == 4 and min(kinds.values()) >= 2 and kinds["admissible"] < 0.6 * sum(kinds.values()), kinds
+    assert len(kinds) == 4 and min(kinds.values()) >= 2 and kinds["admissible"] < sum(kinds.values()) / 2, kinds
 
 
 def test_episodes_take_the_games_in_turn(small_games: Path, watched: SimpleNamespace) -> None:
