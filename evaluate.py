@@ -5,10 +5,11 @@
     torchrun --nproc_per_node=8 evaluate.py --ckpt runs/qwen7b_gcd/checkpoints/latest
     python evaluate.py --table runs/quickstart_base runs/quickstart_sft runs/quickstart          # one table of several
 
-Every game of a level's fixed list is played once per sampling seed; the rate comes with n and the 95 % Wilson interval.
-Success is strict. A checkpoint's guidelines are part of it: its evaluation prompts carry them.  Writes eval.json and
-eval_episodes.jsonl to the run's folder (or --out).  Departure from published code, which draws games with replacement
-and others at each validation: the list is whole and fixed.
+Every game of a level's fixed list is played once per sampling seed; the rate comes with n and a 95 % interval, which is
+over games: plays of one game are alike, and count for less than as many plays of different ones.  Success is strict.
+A checkpoint's guidelines are part of it: its evaluation prompts carry them.  Writes eval.json and eval_episodes.jsonl to
+the run's folder (or --out).  Departure from published code, which draws games with replacement and others at each
+validation: the list is whole and fixed.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 
 import config as configuration  # before torch: it sets the number of threads
 
 # isort: split
 import numpy as np
 import torch.distributed as dist
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 import envs
@@ -140,12 +142,12 @@ def summarise(episodes: Sequence[Episode]) -> dict:
     by_type, by_seed = defaultdict(list), defaultdict(list)
     repeats = 0
     for episode in episodes:
-        by_type[episode.task.type].append(episode.won)
+        by_type[episode.task.type].append(episode)
         by_seed[episode.member].append(episode.won)
         repeats += sum(count - 1 for count in Counter((s.observation, s.action) for s in episode.steps).values())
     return {
-        **rate([episode.won for episode in episodes]),
-        "types": {name: rate(won) for name, won in sorted(by_type.items())},
+        **rate(episodes),
+        "types": {name: rate(played) for name, played in sorted(by_type.items())},
         "by_seed": [float(np.mean(by_seed[seed])) for seed in sorted(by_seed)],
         "mean_steps": len(steps) / len(episodes),
         "mean_steps_won": float(np.mean([len(e.steps) for e in episodes if e.won]))
@@ -157,10 +159,31 @@ def summarise(episodes: Sequence[Episode]) -> dict:
     }
 
 
-def rate(won: Sequence[bool]) -> dict:
-    """{"success", "n", "low", "high"}: the share and its 95 % Wilson interval."""
-    interval = binomtest(sum(won), len(won)).proportion_ci(method="wilson")
-    return {"success": float(np.mean(won)), "n": len(won), "low": float(interval.low), "high": float(interval.high)}
+def rate(episodes: Sequence[Episode]) -> dict:
+    """{"success", "n", "games", "low", "high"}: the share won and its 95 % Wilson interval at the effective n.
+
+    That is n divided by the design effect (Kish 1965): the variance of the share with games as clusters over that with
+    all plays independent, at least 1. Where nothing tells it, all or none being won, every game counts once.
+    """
+    won_by_game = defaultdict(list)
+    for episode in episodes:
+        won_by_game[episode.task.id].append(episode.won)
+    wins_G, plays_G = (np.array([count(won) for won in won_by_game.values()]) for count in (sum, len))  # [games]
+    n, games = int(plays_G.sum()), len(plays_G)
+    share = float(wins_G.sum() / n)
+    effect = n / games
+    if 0 < share < 1 and games > 1:
+        clustered = ((wins_G - share * plays_G) ** 2).sum() / n**2 * games / (games - 1)
+        effect = max(1.0, clustered / (share * (1 - share) / (n - 1)))
+    low, high = _wilson(share, n / effect)
+    return {"success": share, "n": n, "games": games, "low": low, "high": high}
+
+
+def _wilson(share: float, n: float) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share of `n` trials, which need not be a whole number."""
+    z = NormalDist().inv_cdf(0.975)
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, (middle - half) / (1 + z**2 / n)), min(1.0, (middle + half) / (1 + z**2 / n))
 
 
 def table(records: dict[str, dict], by_type: bool = False) -> str:

@@ -96,35 +96,28 @@ def expert_labels(env_cfg: EnvConfig, episode: Episode) -> list[int]:
 
 
 def label_episodes(episodes: Sequence[Episode], config: Config, rng: random.Random, budget: int) -> dict[str, float]:
-    """Write each step's label and its source: the rules first, then the teacher on up to `budget` open steps.
+    """Write each step's label and its source: the rules first, then the teacher on `budget` random open steps.
 
     As in the paper, only what the teacher calls good is used: flawed steps abound by rule.
     """
-    open_steps: dict[int, list[int]] = {}
+    open_steps: list[tuple[int, int]] = []  # (episode, step)
     for number, episode in enumerate(episodes):
         for index, (step, verdict) in enumerate(zip(episode.steps, label(episode), strict=True)):
             step.label, step.label_source = verdict, "" if verdict is None else "rule"
             if verdict is None:
-                open_steps.setdefault(number, []).append(index)
-    asked = 0
-    if config.judge.teacher == "expert":
-        order = list(open_steps)
-        rng.shuffle(order)
-        for number in order:
-            if asked >= budget:
-                break
-            verdicts = expert_labels(config.env, episodes[number])
-            for index in open_steps[number][: budget - asked]:
-                asked += 1
-                if verdicts[index] == 1:
-                    step = episodes[number].steps[index]
-                    step.label, step.label_source = 1, "teacher"
+                open_steps.append((number, index))
+    asked = rng.sample(open_steps, min(budget, len(open_steps))) if config.judge.teacher == "expert" else []
+    verdicts = {number: expert_labels(config.env, episodes[number]) for number in {number for number, _ in asked}}
+    for number, index in asked:
+        if verdicts[number][index] == 1:
+            step = episodes[number].steps[index]
+            step.label, step.label_source = 1, "teacher"
     steps = [step for episode in episodes for step in episode.steps]
     return {
         "label_good_rule": sum(step.label == 1 and step.label_source == "rule" for step in steps),
         "label_good_teacher": sum(step.label_source == "teacher" for step in steps),
         "label_flawed": sum(step.label == 0 for step in steps),
-        "teacher_asked": asked,
+        "teacher_asked": len(asked),
     }
 
 

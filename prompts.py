@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 GUIDELINES = (
     "You should strictly follow the guidelines below, do what the guideline suggests in your thinking steps to make "
@@ -163,18 +164,26 @@ def build_prompt(
     return "".join(parts)
 
 
-def fit_prompt(encode: Callable[[str], list[int]], max_tokens: int, history: Sequence[tuple[str, str]] = (), **fields):
-    """(text, token ids) of build_prompt with as much of the newest history as fits `max_tokens`.
+def fit_prompt(
+    encode: Callable[[str], list[int]],
+    max_tokens: int,
+    history: Sequence[tuple[str, str]] = (),
+    suggestions: Sequence[str] = (),
+    **fields: Any,
+) -> tuple[str, list[int]]:
+    """(text, token ids) of build_prompt, within `max_tokens`: without its oldest history, then its last guidelines.
 
-    Raises ValueError if the prompt is too long without any history: task, observation and actions are never cut.
+    Raises ValueError if the prompt is too long without any: task, observation and actions are never cut.
     """
-    for dropped in range(len(history) + 1):
-        text = build_prompt(history=history[dropped:], **fields)
+    kept = [(history[dropped:], suggestions) for dropped in range(len(history) + 1)]
+    kept += [((), suggestions[:count]) for count in reversed(range(len(suggestions)))]
+    for past, rules in kept:
+        text = build_prompt(history=past, suggestions=rules, **fields)
         ids = encode(text)
         if len(ids) <= max_tokens:
             return text, ids
     raise ValueError(
-        f"a prompt without history has {len(ids)} tokens, more than the limit of {max_tokens}: raise "
+        f"a prompt without history and guidelines has {len(ids)} tokens, more than the limit of {max_tokens}: raise "
         f"rollout.max_prompt_tokens (it begins {text[:80]!r})"
     )
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny
 
@@ -23,10 +24,46 @@ from rollout import Episode, Step, make_engine
         (368, 600, 0.57376, 0.65146),
     ],
 )
-def test_wilson_interval(won, n, low, high):
-    found = rate([True] * won + [False] * (n - won))
-    assert found["n"] == n and found["success"] == pytest.approx(won / n)
+def test_wilson_interval_where_every_game_is_played_once(won, n, low, high):
+    found = rate(plays([[index < won] for index in range(n)]))
+    assert found["n"] == found["games"] == n and found["success"] == pytest.approx(won / n)
     assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "won_by_game, effective",
+    [
+        # all plays of a game alike: (4 (3/2)^2 / 12^2) (4/3) / ((1/4) / 11), so 12 plays count as 36/11
+        ([[1, 1, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0]], 36 / 11),
+        ([[1, 0], [0, 1], [1, 0], [0, 1]], 8),  # less alike than chance: no credit for it
+        ([[0, 0, 0], [0, 0, 0]], 2),  # cannot be told: as many as games
+        ([[1, 0, 0]], 1),
+    ],
+)
+def test_plays_of_one_game_count_for_less(won_by_game, effective):
+    found = rate(plays(won_by_game))
+    assert found["n"] == sum(map(len, won_by_game)) and found["games"] == len(won_by_game)
+    assert (found["low"], found["high"]) == pytest.approx(evaluate._wilson(found["success"], effective))
+
+
+def test_intervals_cover_the_truth():
+    """Games of very different difficulty: 95 % of the intervals hold the mean, against 88 % of those that took plays as
+    independent."""
+    rng = np.random.default_rng(0)
+    trials, truth, covered, naive = 400, 0.3, 0, 0
+    for _ in range(trials):
+        difficulty = rng.beta(0.3, 0.7, size=60)
+        found = rate(plays(rng.random((60, 3)) < difficulty[:, None]))
+        covered += found["low"] <= truth <= found["high"]
+        low, high = evaluate._wilson(found["success"], found["n"])
+        naive += low <= truth <= high
+    assert 0.92 <= covered / trials <= 0.98 and naive / trials < 0.9
+
+
+def plays(won_by_game) -> list[Episode]:
+    """Episodes without steps: one list of outcomes per game."""
+    tasks = [envs.Task("alfworld", "heat", str(number), "split") for number in range(len(won_by_game))]
+    return [Episode(task, 0, 0, [], bool(won)) for task, game in zip(tasks, won_by_game, strict=True) for won in game]
 
 
 def step(observation: str, action: str, valid: bool = True, available: bool = True) -> Step:

@@ -205,7 +205,22 @@ def test_the_teacher_keeps_to_its_budget_and_only_adds_good_ones(small_games: Pa
     assert counts["label_good_teacher"] == good["teacher", 1] <= budget
     assert counts["label_good_rule"] == good["rule", 1] == len(episodes)  # all are won
     assert counts["label_flawed"] == good["rule", 0] > 0
-    assert budget == 0 or good["teacher", 1] > 0
+    assert budget < 7 or good["teacher", 1] > 0
+
+
+def test_the_teacher_sees_steps_from_all_over(small_games: Path) -> None:
+    """Not the leading ones of a few episodes: late steps of most episodes are asked about within a few draws."""
+    asked = set()
+    for seed in range(20):
+        config, episodes = episodes_of(small_games)
+        label_episodes(episodes, config, random.Random(seed), budget=10)
+        sources = [(number, index, taken.label_source) for number, made in enumerate(episodes)
+                   for index, taken in enumerate(made.steps)]  # fmt: skip
+        found = {(number, index) for number, index, source in sources if source == "teacher"}
+        assert len({number for number, _ in found}) >= 3
+        asked |= found
+    assert len({number for number, _ in asked}) == len(episodes)
+    assert sum(index >= 3 for _, index in asked) > 20
 
 
 def test_labelling_is_deterministic_and_without_a_teacher_asks_nobody(small_games: Path) -> None:

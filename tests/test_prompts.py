@@ -144,12 +144,14 @@ def words(text: str) -> list[int]:
     return [len(word) for word in text.split()]
 
 
-@pytest.mark.parametrize("suggestions", [(), ("Explore first.",)])
-def test_fit_prompt_drops_the_oldest_history_first(suggestions: tuple[str, ...]) -> None:
-    fields = STEP | {"step": 3, "suggestions": suggestions}
+@pytest.mark.parametrize("rules", [(), ("Explore first.",), ("Explore first.", "Then act on what was found.")])
+def test_fit_prompt_drops_the_oldest_history_then_the_last_guidelines(rules: tuple[str, ...]) -> None:
+    fields = STEP | {"step": 3, "suggestions": rules}
+    kept = [{"history": PAST[dropped:]} for dropped in range(4)]
+    kept += [{"suggestions": rules[:count]} for count in reversed(range(len(rules)))]
     lengths = []
-    for kept in (3, 2, 1, 0):
-        expected = build_prompt(**fields, history=PAST[3 - kept :])
+    for parts in kept:
+        expected = build_prompt(**fields | parts)
         lengths.append(len(words(expected)))
         for spare in (0, 1):  # exactly as many tokens as needed, and one more
             text, ids = fit_prompt(words, lengths[-1] + spare, PAST, **fields)
