@@ -18,9 +18,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(RANKS)
 SET := --set device=$(DEVICE)
 GAMES := data/quickstart_games/made_games.json
 BASE := runs/quickstart_base/eval.json
-COLD := runs/quickstart_sft/checkpoints/latest
-TRAINED := runs/quickstart/checkpoints/latest
-REPEATS := $(foreach seed,0 1 2,$(foreach kind,sft plain gcd,runs/repeat_$(kind)_$(seed)))
+REPEATS := $(foreach seed,0 _1 _2,$(foreach kind,quickstart_sft quickstart_plain quickstart,runs/$(kind)$(seed:0=)))
 
 .PHONY: quickstart test repeat base clean venv
 .DELETE_ON_ERROR:
@@ -62,37 +60,25 @@ $(GAMES): | $(READY)
 $(BASE): $(GAMES)
 	$(RUN) evaluate.py --ckpt assets/base --config configs/quickstart.yaml --out $(@D) --levels L0 $(SET)
 
-$(COLD): $(GAMES)
-	$(RUN) train_sft.py configs/quickstart_sft.yaml $(SET)
+# The runs of one seed: $(1) ends their names, $(2) is the seed. train_rl.py resumes an interrupted run by itself.
+define runs
+runs/quickstart_sft$(1)/checkpoints/latest: | $(GAMES)
+	$(RUN) train_sft.py configs/quickstart_sft.yaml $(SET) seed=$(2) name=quickstart_sft$(1)
 
-runs/quickstart_sft/eval.json: | $(COLD)
-	$(RUN) evaluate.py --ckpt $(COLD) --config configs/quickstart.yaml --out $(@D) $(SET)
+runs/quickstart_sft$(1)/eval.json: | runs/quickstart_sft$(1)/checkpoints/latest
+	$(RUN) evaluate.py --ckpt $$(firstword $$|) --config configs/quickstart.yaml --out $$(@D) $(SET)
 
-# train_rl.py resumes an interrupted run by itself
-runs/quickstart/eval.json: | $(COLD)
-	$(RUN) train_rl.py configs/quickstart.yaml $(SET)
-	$(RUN) evaluate.py --ckpt $(TRAINED) $(SET)
+runs/quickstart$(1)/eval.json runs/quickstart_plain$(1)/eval.json: runs/%$(1)/eval.json: \
+		| runs/quickstart_sft$(1)/checkpoints/latest
+	$(RUN) train_rl.py configs/$$*.yaml $(SET) seed=$(2) name=$$*$(1) model.path=$$(firstword $$|)
+	$(RUN) evaluate.py --ckpt $$(@D)/checkpoints/latest $(SET)
+endef
+$(eval $(call runs,,0))
+$(eval $(call runs,_1,1))
+$(eval $(call runs,_2,2))
 
 repeat: $(REPEATS:%=%/eval.json)
-	@$(BIN)/python evaluate.py --table $(sort $(REPEATS))
-
-runs/repeat_sft_%/checkpoints/latest: | $(GAMES)
-	$(RUN) train_sft.py configs/quickstart_sft.yaml $(SET) seed=$* name=repeat_sft_$*
-
-runs/repeat_sft_%/eval.json: | runs/repeat_sft_%/checkpoints/latest
-	$(RUN) evaluate.py --ckpt runs/repeat_sft_$*/checkpoints/latest --config configs/quickstart.yaml --out $(@D) $(SET)
-
-define repeat_rl
-	$(RUN) train_rl.py configs/quickstart.yaml $(SET) seed=$* name=$(notdir $(@D)) \
-		model.path=runs/repeat_sft_$*/checkpoints/latest $(1)
-	$(RUN) evaluate.py --ckpt $(@D)/checkpoints/latest $(SET)
-endef
-
-runs/repeat_plain_%/eval.json: | runs/repeat_sft_%/checkpoints/latest
-	$(call repeat_rl,judge.enabled=false guidelines.every=0)
-
-runs/repeat_gcd_%/eval.json: | runs/repeat_sft_%/checkpoints/latest
-	$(call repeat_rl)
+	@$(BIN)/python evaluate.py --table $(REPEATS)
 
 base: $(READY)
 	$(BIN)/python make_games.py --out data/base_games --train 6000 --seen 0 --unseen 0 --seed 1001 \
@@ -102,4 +88,4 @@ base: $(READY)
 	mkdir -p assets/base && cp -L runs/base_reading/checkpoints/latest/* assets/base/
 
 clean:
-	rm -rf runs/quickstart runs/quickstart_base runs/quickstart_sft runs/repeat_* data/quickstart_games data/sft
+	rm -rf $(REPEATS) runs/quickstart_base data/quickstart_games data/sft

@@ -17,6 +17,7 @@ import difflib
 import math
 import os
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -50,7 +51,9 @@ class ConfigError(Exception):
 class ModelConfig:
     # a Hugging Face id or folder, a checkpoint of a run, or "tiny" (built from scratch)
     path: str = "Qwen/Qwen2.5-1.5B-Instruct"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    # what trainer and engine compute in; auto: bfloat16 on CUDA, float32 on CPU. The trainer's weights are float32
+    # always: in bfloat16 the steps of a learning rate of 1e-6 would be rounded away
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # transformers' attn_implementation
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 1/3 more time
@@ -142,7 +145,7 @@ class TrainConfig:
     iterations: int = 200
     lr: float = 1e-6
     warmup: int = 0  # iterations of linear warm-up
-    schedule: Literal["constant", "linear"] = "constant"  # linear: falls to 0 at the last iteration
+    schedule: Literal["constant", "linear"] = "constant"  # linear: falls by iterations' share, to 0 after the last one
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
@@ -248,10 +251,15 @@ def check(config: Config) -> None:
         "rollout.group_size": config.rollout.group_size,
         "rollout.temperature": config.rollout.temperature,
         "rollout.concurrency": config.rollout.concurrency,
+        "rollout.max_response_tokens": config.rollout.max_response_tokens,
         "judge.questions": config.judge.questions,
         "judge.group_size": config.judge.group_size,
+        "judge.max_response_tokens": config.judge.max_response_tokens,
+        "guidelines.pool": config.guidelines.pool,
         "train.rows_per_update": config.train.rows_per_update,
         "train.tokens_per_micro_batch": config.train.tokens_per_micro_batch,
+        "train.checkpoint_every": config.train.checkpoint_every,
+        "train.episodes_every": config.train.episodes_every,
         "sft.rows_per_update": config.sft.rows_per_update,
         "sft.tokens_per_micro_batch": config.sft.tokens_per_micro_batch,
         "eval.seeds": config.eval.seeds,
@@ -272,12 +280,19 @@ def check(config: Config) -> None:
 
 
 def check_world(config: Config, world: int) -> None:
-    """The batch must divide over the ranks. Raises ConfigError."""
-    for key, value in {"rollout.groups": config.rollout.groups, "judge.questions": config.judge.questions}.items():
-        if value % world:
-            lower, upper = value // world * world, (value // world + 1) * world
+    """What is dealt out to the ranks must divide over them. Raises ConfigError."""
+    ranks = f"{world} rank{'s' * (world > 1)}"
+    shares = [("rollout.groups", config.rollout.groups, world, "")]
+    if config.judge.enabled:
+        halves = ", each asking about as many good steps as flawed ones"
+        shares.append(("judge.questions", config.judge.questions, 2 * world, halves))
+        if config.judge.teacher != "none":
+            shares.append(("judge.teacher_steps", config.judge.teacher_steps, world, ""))
+    for key, value, unit, why in shares:
+        if value % unit:
+            lower, upper = value // unit * unit, (value // unit + 1) * unit
             near = f"{lower} or {upper}" if lower else f"{upper}"
-            raise ConfigError(f"{key}={value} does not divide over {world} ranks; set it to {near}")
+            raise ConfigError(f"{key}={value} does not divide over {ranks}{why}; set it to {near}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -397,13 +412,22 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
 
 
 def fail_clearly(main: typing.Callable[[], None]) -> None:
-    """Run a script's main(); the project's own errors end it with one line and exit code 2 instead of a traceback."""
+    """Run a script's main(). The project's own errors end it with one line and exit code 2, others with a traceback.
+
+    It ends at once: a rank must not wait, in the clean-up of its process group or for a hanging environment's thread,
+    while torchrun waits for it to fail.
+    """
     try:
-        main()
+        return main()
     except (ConfigError, FileNotFoundError) as error:
-        sys.stdout.flush()  # os._exit would lose what is still buffered
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # not sys.exit: under torchrun a rank must not wait in the process group's clean-up for its peers
+        code, message = 2, f"error: {error}\n"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted\n"
+    except Exception:
+        code, message = 1, traceback.format_exc()
+    sys.stdout.flush()  # os._exit would lose what is still buffered
+    print(message, end="", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 if __name__ == "__main__":

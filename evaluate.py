@@ -7,8 +7,8 @@
 
 Every game of a level's fixed list is played once per sampling seed; the rate comes with n and a 95 % interval, which is
 over games: plays of one game are alike, and count for less than as many plays of different ones.  Success is strict.
-A checkpoint's guidelines are part of it: its evaluation prompts carry them.  Writes eval.json and eval_episodes.jsonl to
-the run's folder (or --out).  Departure from published code, which draws games with replacement and others at each
+A checkpoint's guidelines are part of it: its evaluation prompts carry them.  Writes eval.json and eval_episodes.jsonl
+to the run's folder (or --out).  Departure from published code, which draws games with replacement and others at each
 validation: the list is whole and fixed.
 """
 

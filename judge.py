@@ -138,7 +138,7 @@ class Question:
 
 
 def pick(episodes: Sequence[Episode], count: int, rng: random.Random) -> list[Question]:
-    """Up to `count` labelled steps, half good and half flawed, drawn without replacement; not yet answered."""
+    """Up to `count` (even) labelled steps, half good and half flawed, drawn without replacement; not yet answered."""
     questions = [
         Question(episode.group, episode.member, index, step, [], [])
         for episode in episodes

@@ -130,7 +130,8 @@ def grpo(rows: RowBatch, cfg: AlgoConfig) -> Tensor:
     """The score normalised within the group, float32 [N]; all tokens of a row share it.
 
     cfg.stats_over "steps" counts every row, so that long episodes weigh more (as published); "trajectories" counts the
-    first row of each episode. Source: GRPO (DeepSeekMath), as in verl-agent; Dr. GRPO without cfg.divide_by_std.
+    first row of each episode. A single one keeps its score, as published. Source: GRPO (DeepSeekMath), as in
+    verl-agent; Dr. GRPO without cfg.divide_by_std.
     """
     trajectory_N = rows.trajectory_N if cfg.stats_over == "trajectories" else None  # [N]
     return group_normalise(rows.score_N, rows.group_N, cfg.divide_by_std, trajectory_N=trajectory_N)  # [N]

@@ -41,11 +41,20 @@ CHAT_TEMPLATE = (  # Qwen's chat format, without its default system message
 
 @dataclass
 class Actor:
-    """A model with its tokenizer, on its device."""
+    """A model with its tokenizer, on its device.
+
+    Its weights are float32; `dtype` is what they are computed in, under autocast. `packed`: rows are laid end to end.
+    """
 
     model: torch.nn.Module
     tokenizer: Any
     device: torch.device
+    dtype: torch.dtype = torch.float32
+    packed: bool = False
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt: one user message in the model's chat format, up to where the reply begins."""
@@ -104,11 +113,6 @@ def sum_gradients(model: torch.nn.Module) -> None:
         gradient.copy_(total)
 
 
-def packs(actor: Actor) -> bool:
-    """Rows are packed end to end on CUDA and padded on CPU."""
-    return actor.device.type == "cuda"
-
-
 def load_actor(config: Config, corpus: Sequence[str] = (), path: str = "") -> Actor:
     """The actor of `path` (default: config.model.path), in evaluation mode.
 
@@ -116,9 +120,9 @@ def load_actor(config: Config, corpus: Sequence[str] = (), path: str = "") -> Ac
     Hugging Face id or folder. Raises ConfigError if it cannot be found.
     """
     device = pick_device(config)
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    on_cuda = device.type == "cuda"
+    auto = "bfloat16" if on_cuda else "float32"
+    dtype = getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
     path = path or config.model.path
     if path == "tiny":
         model, tokenizer = build_tiny(config, corpus)
@@ -127,13 +131,13 @@ def load_actor(config: Config, corpus: Sequence[str] = (), path: str = "") -> Ac
         try:
             tokenizer = load_tokenizer(path)
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, dtype), attn_implementation=config.model.attention
+                path, dtype=torch.float32, attn_implementation=config.model.attention
             )
         except OSError as error:  # for instance a hub id without a network
             raise ConfigError(f"no model at {path}: {' '.join(str(error).split())}") from None
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return Actor(model.to(device).eval(), tokenizer, device)
+    return Actor(model.to(device).eval(), tokenizer, device, dtype, packed=on_cuda)
 
 
 def check_path(path: str) -> None:
@@ -310,18 +314,17 @@ def micro_batches(rows: Sequence[Row], max_tokens: int, packed: bool) -> list[li
 
 
 def token_logprobs(
-    model: torch.nn.Module,
+    actor: Actor,
     rows: Sequence[Row],
-    packed: bool,
     temperature: float = 1.0,
     entropy: Literal["none", "value", "gradient"] = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob and entropy of every response token of `rows` under `model`, rows end to end: two float32 tensors [T].
+    """Log-prob and entropy of every response token of `rows`, one row after the other: two float32 tensors [T].
 
     The logits are divided by `temperature`, as the engine's were when it sampled. Entropies cost time, and with a
     gradient memory, so "none" (zeros) leaves them out.
     """
-    device = model.get_input_embeddings().weight.device
+    model, device, packed = actor.model, actor.device, actor.packed
     lengths = [row.tokens for row in rows]
     width = sum(lengths) if packed else max(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packed else np.arange(len(rows)) * width
@@ -336,13 +339,15 @@ def token_logprobs(
     shape = (1, width) if packed else (len(rows), width)
     input_ids = torch.from_numpy(ids.reshape(shape)).to(device)  # [1, T] or [B, L]
     position_ids = torch.from_numpy(position.reshape(shape)).to(device) if packed else None
-    hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    with actor.autocast():
+        hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     hidden_T = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(source)).to(device)]  # [T, H]
     target_T = torch.from_numpy(np.concatenate(target).astype(np.int64)).to(device)  # [T]
     head = model.get_output_embeddings()
 
     def score(hidden_C: torch.Tensor, target_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_CV = head(hidden_C).float() / temperature  # [C, V]
+        with actor.autocast():
+            logits_CV = head(hidden_C).float() / temperature  # [C, V]
         total_C = logits_CV.logsumexp(-1)  # [C]
         logp_C = logits_CV.gather(-1, target_C[:, None])[:, 0] - total_C  # [C]
         if entropy == "none":
@@ -360,13 +365,11 @@ def token_logprobs(
 
 
 @torch.no_grad()
-def all_logprobs(
-    model: torch.nn.Module, rows: Sequence[Row], max_tokens: int, packed: bool, temperature: float
-) -> list[np.ndarray]:
+def all_logprobs(actor: Actor, rows: Sequence[Row], max_tokens: int, temperature: float) -> list[np.ndarray]:
     """Log-probs of every row's response tokens without gradient: a list of float32 arrays, in the order of `rows`."""
     result: list[Any] = [None] * len(rows)
-    for group in micro_batches(rows, max_tokens, packed):
-        logp_T, _ = token_logprobs(model, [rows[index] for index in group], packed, temperature)
+    for group in micro_batches(rows, max_tokens, actor.packed):
+        logp_T, _ = token_logprobs(actor, [rows[index] for index in group], temperature)
         for index, part in zip(group, logp_T.split([len(rows[index].response_ids) for index in group]), strict=True):
             result[index] = part.float().cpu().numpy()
     return result
@@ -403,9 +406,12 @@ def save_model(
     if state is not None:
         (temporary / "trainer").mkdir()
         torch.save(state, temporary / "trainer" / "state.pt")
+    replaced = folder.with_name(folder.name + ".replaced")
     if folder.exists():
-        shutil.rmtree(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
     temporary.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def point_latest(folder: Path, keep: int) -> None:

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import prompts
 from config import Config, ConfigError
 from envs import Observation, Task
-from model import Actor, Row, all_logprobs, packs
+from model import Actor, Row, all_logprobs
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Episode:
     steps: list[Step] = field(default_factory=list)
     won: bool = False
     score: float = 0.0
-    weights_version: int = 0  # updates behind the weights that played it; -1: an evaluation
+    weights_version: int = 0  # iterations of training behind the weights that played it; -1: an evaluation
 
     def to_json(self, tokens: bool = False) -> dict[str, Any]:
         """One line of episodes/*.jsonl: all but prompts, tokens and log-probs, which `tokens` adds."""
@@ -109,6 +109,10 @@ class Engine:
 
     def poll(self) -> list[tuple[str, Sample]]:
         """Advance generation; the requests that finished, as (key, sample)."""
+        raise NotImplementedError
+
+    def cancel(self, keys: Sequence[str]) -> None:
+        """Forget requests that have not come back."""
         raise NotImplementedError
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -161,7 +165,7 @@ class VllmEngine(Engine):
         )
         self.llm = LLM(
             folder,
-            dtype=str(next(actor.model.parameters()).dtype).removeprefix("torch."),
+            dtype=str(actor.dtype).removeprefix("torch."),
             max_model_len=longest,
             max_num_seqs=config.rollout.concurrency,
             # A prompt is never split over steps: with a per-request seed that crashes vLLM's CPU sampler.
@@ -203,6 +207,9 @@ class VllmEngine(Engine):
                 finished.append((request.request_id, Sample(ids, logprobs)))
         return finished
 
+    def cancel(self, keys: Sequence[str]) -> None:
+        self.llm.llm_engine.abort_request(list(keys))
+
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named))
         assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests are still running"
@@ -236,19 +243,20 @@ class TransformersEngine(Engine):
             [[0] * (width - len(ids)) + [1] * len(ids) for _, ids, _ in taken], device=self.actor.device
         )
         sampler = _SeededSampler([sampling for _, _, sampling in taken])
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=mask,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,  # some models' generation_config.json has another, which would falsify log-probs
-            max_new_tokens=max(sampling.max_tokens for _, _, sampling in taken),
-            eos_token_id=end,
-            pad_token_id=pad,
-            logits_processor=[sampler],
-        )[:, width:]
+        with self.actor.autocast():
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,  # some models' generation_config.json has another: falsified log-probs
+                max_new_tokens=max(sampling.max_tokens for _, _, sampling in taken),
+                eos_token_id=end,
+                pad_token_id=pad,
+                logits_processor=[sampler],
+            )[:, width:]
         finished = []
         for index, (key, _, sampling) in enumerate(taken):
             ids = output[index].tolist()[: sampling.max_tokens]
@@ -256,6 +264,9 @@ class TransformersEngine(Engine):
             logprobs = [float(sampler.logprobs[at][index]) for at in range(len(ids))]
             finished.append((key, Sample(ids, logprobs)))
         return finished
+
+    def cancel(self, keys: Sequence[str]) -> None:
+        self.queue = deque(request for request in self.queue if request[0] not in keys)
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         pass  # it generates with the trainer's own weights
@@ -299,7 +310,7 @@ def make_engine(config: Config, actor: Actor, folder: str) -> Engine:
 
 def sync(engine: Engine, actor: Actor) -> None:
     """Give the engine the trainer's weights. state_dict() and not named_parameters(): it holds the tied lm_head."""
-    engine.load_weights((name, tensor.detach()) for name, tensor in actor.model.state_dict().items())
+    engine.load_weights((name, tensor.detach().to(actor.dtype)) for name, tensor in actor.model.state_dict().items())
 
 
 def canary(engine: Engine, actor: Actor, prompt_ids: Sequence[Sequence[int]], config: Config) -> float:
@@ -310,7 +321,7 @@ def canary(engine: Engine, actor: Actor, prompt_ids: Sequence[Sequence[int]], co
     sampling = [Sampling(1.0, 16, stable_seed(config.seed, index)) for index in range(len(prompt_ids))]
     samples = engine.generate(prompt_ids, sampling)
     rows = [Row(np.array(ids), np.array(s.ids)) for ids, s in zip(prompt_ids, samples, strict=True)]
-    trainer = all_logprobs(actor.model, rows, config.train.tokens_per_micro_batch, packs(actor), 1.0)
+    trainer = all_logprobs(actor, rows, config.train.tokens_per_micro_batch, 1.0)
     gap = float(np.abs(np.concatenate(trainer) - np.concatenate([s.logprobs for s in samples])).mean())
     if not gap <= config.rollout.canary_bound:
         raise RuntimeError(
@@ -448,8 +459,17 @@ class _Collector:
     finished: list[Episode] = field(default_factory=list)
 
     def run(self, episodes: Iterable[Episode]) -> list[Episode]:
-        """Play all episodes to their end."""
-        waiting = deque(episodes)
+        """Play all episodes to their end. An error leaves no request in the engine and waits for no thread."""
+        try:
+            self.play_all(deque(episodes))
+        finally:
+            self.engine.cancel(list(self.generating))
+            if self.threads:
+                self.threads.shutdown(wait=False, cancel_futures=True)
+        return sorted(self.finished, key=lambda episode: (episode.group, episode.member))
+
+    def play_all(self, waiting: deque[Episode]) -> None:
+        """The loop: start, let act, generate, until nothing is left."""
         while waiting or self.generating or self.acting:
             while waiting and self.idle:
                 play = Play(waiting.popleft(), self.idle.popleft())
@@ -463,9 +483,6 @@ class _Collector:
                     self.act(play, play.env.step, play.hear(self.engine.actor, self.config, sample))
             elif self.acting:
                 wait(self.acting, return_when=FIRST_COMPLETED)
-        if self.threads:
-            self.threads.shutdown()
-        return sorted(self.finished, key=lambda episode: (episode.group, episode.member))
 
     def act(self, play: Play, function: Callable, *arguments: Any) -> None:
         """Let the environment act: in a thread if it is slow, else here and now; absorbed later either way."""

@@ -10,13 +10,16 @@ log, save. Each rank plays whole groups with an engine of its own; then every ra
 is dealt out to the ranks by tokens.  The same command resumes a run from its last checkpoint.
 
 Departures from published code: no row is deleted or duplicated to make a batch divide, since mini-batches are weighted
-by their tokens; means are over the tokens of the whole mini-batch, not of a micro-batch; a row whose loss is exactly 0
-(zero advantage, no KL) is counted and not computed.
+by their tokens; means are over the tokens of the whole mini-batch, not of a micro-batch; an episode left alone in its
+group gets no advantage instead of its raw score; a row whose loss is exactly 0 (zero advantage, no KL) is counted and
+not computed.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 import time
 from collections import Counter, defaultdict
@@ -46,7 +49,6 @@ from model import (
     load_actor,
     make_optimizer,
     micro_batches,
-    packs,
     point_latest,
     save_model,
     sum_gradients,
@@ -77,7 +79,7 @@ def train(config: Config) -> None:
     checkpoint, state = find_checkpoint(config)
     folder = str(checkpoint or config.model.path)
     actor = load_actor(config, path=folder)
-    reference = load_actor(config).model if config.algo.kl > 0 else None  # the initial model, also after a resume
+    reference = load_actor(config) if config.algo.kl > 0 else None  # the initial model, also after a resume
     optimizer = make_optimizer(actor.model, config.train.lr, config.train.weight_decay, config.train.betas)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -167,7 +169,10 @@ def sample_tasks(tasks: Sequence[envs.Task], config: Config, iteration: int) -> 
 
 
 def actor_rows(episodes: Sequence[Episode], config: Config) -> list[Row]:
-    """One row per action, with its advantage (also written to the step, for the record). Groups must be whole."""
+    """One row per action, with its advantage (also written to the step, for the record). Groups must be whole.
+
+    An episode left alone, the others of its group having been discarded, has nothing to be compared with and gets 0.
+    """
     steps = [(episode, step) for episode in episodes for step in episode.steps]
     if not steps:
         return []
@@ -186,8 +191,9 @@ def actor_rows(episodes: Sequence[Episode], config: Config) -> list[Row]:
             [anchors.setdefault((episode.group, step.observation), len(anchors)) for episode, step in steps]
         ),
     )
-    for (_, step), advantage in zip(steps, losses.advantages(batch, config.algo).tolist(), strict=True):
-        step.advantage = advantage
+    members = Counter(episode.group for episode in episodes)
+    for (episode, step), advantage in zip(steps, losses.advantages(batch, config.algo).tolist(), strict=True):
+        step.advantage = advantage if members[episode.group] > 1 else 0.0
     return [_row(step, judge=False) for _, step in steps]
 
 
@@ -240,7 +246,7 @@ def mini_batches(rows: Sequence[Row], config: Config, iteration: int, world: int
 
 def update(
     actor: Actor,
-    reference: torch.nn.Module | None,
+    reference: Actor | None,
     optimizer: torch.optim.Optimizer,
     rows: Sequence[Row],
     config: Config,
@@ -248,14 +254,14 @@ def update(
 ) -> dict[str, float]:
     """One pass over the rows in mini-batches; returns the update's metrics, averaged over tokens and ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    train, packed = config.train, packs(actor)
+    train, packed = config.train, actor.packed
     batches = mini_batches(rows, config, iteration, world)
     mine = [row for batch in batches for row in batch[rank] if _matters(row, config)]
 
-    def score(model: torch.nn.Module) -> list:
-        return all_logprobs(model, mine, train.tokens_per_micro_batch, packed, config.rollout.temperature)
+    def score(actor: Actor) -> list:
+        return all_logprobs(actor, mine, train.tokens_per_micro_batch, config.rollout.temperature)
 
-    old = score(actor.model) if train.old_logprobs == "trainer" else [row.logprobs for row in mine]
+    old = score(actor) if train.old_logprobs == "trainer" else [row.logprobs for row in mine]
     ref = score(reference) if reference is not None else old
     known = {id(row): (o, r) for row, o, r in zip(mine, old, ref, strict=True)}
     gaps = [o - row.logprobs for row, o in zip(mine, old, strict=True)] if train.old_logprobs == "trainer" else []
@@ -263,6 +269,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
+    actor.model.train()  # no dropout (load_actor sees to it), but gradient checkpointing works in this mode alone
     sums: dict[str, float] = defaultdict(float)
     padded = real = 0
     for number, batch in enumerate(batches):
@@ -275,9 +282,8 @@ def update(
         for group in micro_batches(own, train.tokens_per_micro_batch, packed):
             part = [own[index] for index in group]
             logp_T, entropy_T = token_logprobs(
-                actor.model,
+                actor,
                 part,
-                packed,
                 config.rollout.temperature,
                 entropy="gradient" if config.algo.entropy else "value",
             )  # [T], [T]
@@ -294,6 +300,7 @@ def update(
         optimizer.step()
         optimizer.zero_grad()
         sums["grad_norm"] += norm / world
+    actor.model.eval()
 
     sums |= {"real": real, "padded": padded}
     return {"train/lr": learning_rate} | _update_metrics(sums, np.concatenate(gaps or [np.zeros(0)]), len(batches))
@@ -372,7 +379,7 @@ def _matters(row: Row, config: Config) -> bool:
 
 
 def lr_factor(config: Config, iteration: int) -> float:
-    """The learning rate's factor: linear warm-up, then constant or linear to 0 after the last iteration."""
+    """The learning rate's factor: linear warm-up, then constant, or falling by 1/iterations from one to the next."""
     warm = min(1.0, (iteration + 1) / config.train.warmup) if config.train.warmup else 1.0
     return warm * (1 - iteration / config.train.iterations if config.train.schedule == "linear" else 1.0)
 
@@ -466,8 +473,10 @@ class Log:
         self.config, self.folder = config, config.run_dir
         configuration.save(config, self.folder / "config.yaml")
         self.metrics = self.folder / "metrics.jsonl"
-        kept = self.metrics.read_text().splitlines(keepends=True) if start and self.metrics.is_file() else []
-        self.metrics.write_text("".join(line for line in kept if json.loads(line)["iteration"] < start))
+        kept = self.metrics.read_text().splitlines() if start and self.metrics.is_file() else []
+        rewritten = self.metrics.with_suffix(".partial")
+        rewritten.write_text("".join(f"{line}\n" for line in kept if _iteration(line) < start))
+        rewritten.replace(self.metrics)
         (self.folder / "episodes").mkdir(exist_ok=True)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
 
@@ -504,6 +513,14 @@ class Log:
             f"{evaluated}",
             flush=True,
         )
+
+
+def _iteration(line: str) -> float:
+    """The iteration of a line of metrics.jsonl; infinity for one that was torn by the end of its process."""
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def save_checkpoint(
@@ -551,7 +568,9 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def dry_run(config: Config) -> str:
-    """The resolved config and what one iteration will do."""
+    """The resolved config and what one iteration will do. Raises ConfigError where it does not divide over torchrun's
+    ranks."""
+    configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
     episodes = config.rollout.groups * config.rollout.group_size
     answers = config.judge.questions * config.judge.group_size if config.judge.enabled else 0
     return yaml.safe_dump(configuration.to_dict(config), sort_keys=False, width=120) + (

@@ -46,7 +46,6 @@ from model import (
     load_actor,
     make_optimizer,
     micro_batches,
-    packs,
     point_latest,
     save_model,
     sum_gradients,
@@ -395,7 +394,7 @@ def main() -> None:
 def train(actor: Actor, rows: Sequence[dict], config: Config) -> None:
     """sft.epochs passes over the rows; every mini-batch is the same for every world size. Writes metrics.jsonl."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    sft, packed = config.sft, packs(actor)
+    sft = config.sft
     optimizer = make_optimizer(actor.model, sft.lr, sft.weight_decay, (0.9, 0.95))
     number = math.ceil(len(rows) / sft.rows_per_update) * sft.epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, round(sft.warmup_ratio * number), number)
@@ -414,8 +413,8 @@ def train(actor: Actor, rows: Sequence[dict], config: Config) -> None:
         replies = sum(int((weight == 1).sum()) for _, weight in own)
         totals = torch.tensor([weight, replies, 0.0], dtype=torch.float64)  # over all ranks: weight, reply tokens, nll
         dist.all_reduce(totals[:2])
-        for group in micro_batches([row for row, _ in own], sft.tokens_per_micro_batch, packed):
-            logp_T, _ = token_logprobs(actor.model, [own[index][0] for index in group], packed)  # [T]
+        for group in micro_batches([row for row, _ in own], sft.tokens_per_micro_batch, actor.packed):
+            logp_T, _ = token_logprobs(actor, [own[index][0] for index in group])  # [T]
             weight_T = torch.from_numpy(np.concatenate([own[index][1] for index in group])).to(logp_T)  # [T]
             (-(logp_T * weight_T).sum() / float(totals[0])).backward()
             totals[2] -= float(logp_T.detach()[weight_T == 1].sum())

@@ -196,8 +196,17 @@ def test_check_world_names_the_nearest_sizes(empty):
     check_world(load(empty), 8)
     with pytest.raises(ConfigError, match="rollout.groups=16 does not divide over 3 ranks; set it to 15 or 18"):
         check_world(load(empty), 3)
-    with pytest.raises(ConfigError, match="judge.questions=4 does not divide over 16 ranks; set it to 16"):
-        check_world(load(empty, ["judge.questions=4"]), 16)
+    check_world(load(empty, ["judge.questions=5"]), 16)  # nobody is asked
+    judged = load(empty, ["judge.enabled=true", "judge.questions=4"])
+    with pytest.raises(ConfigError, match="judge.questions=4 .* 16 ranks, each asking .* flawed ones; set it to 32"):
+        check_world(judged, 16)
+    check_world(judged, 2)
+    with pytest.raises(ConfigError, match="judge.questions=4 .* 4 ranks.*; set it to 8"):  # 1 each has no halves
+        check_world(judged, 4)
+    with pytest.raises(ConfigError, match="judge.questions=7 .* 1 rank, .*; set it to 6 or 8"):
+        check_world(load(empty, ["judge.enabled=true", "judge.questions=7"]), 1)
+    with pytest.raises(ConfigError, match="judge.teacher_steps=20 .* 8 ranks; set it to 16 or 24"):
+        check_world(load(empty, ["judge.enabled=true", "judge.teacher=expert", "judge.teacher_steps=20"]), 8)
 
 
 def test_defaults_of_the_algorithm_are_the_published_ones():
@@ -227,6 +236,14 @@ def test_an_error_does_not_lose_what_was_printed_before():
     command = [sys.executable, "-c", f"import config\n{main}config.fail_clearly(main)"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (2, "before\n", "error: why\n")
+
+
+def test_a_failing_script_does_not_wait_for_its_threads():
+    """Or torchrun would wait for a rank whose environment hangs."""
+    main = "def main():\n    threading.Thread(target=time.sleep, args=[300]).start()\n    raise ValueError('why')\n"
+    command = [sys.executable, "-c", f"import config, threading, time\n{main}config.fail_clearly(main)"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 1 and "in main" in done.stderr and done.stderr.endswith("ValueError: why\n")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda path: path.stem)

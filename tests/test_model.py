@@ -134,6 +134,11 @@ def small_model(small_games) -> torch.nn.Module:
     return load_actor(config, tiny.corpus(small_games)).model
 
 
+def as_actor(small_model: torch.nn.Module, packed: bool = False, dtype: torch.dtype = torch.float32) -> Actor:
+    """An actor without a tokenizer."""
+    return Actor(small_model, None, torch.device("cpu"), dtype, packed)
+
+
 def random_rows(seed: int = 0) -> list[Row]:
     """Rows of very different lengths, the shortest of two tokens."""
     rng = np.random.default_rng(seed)
@@ -163,7 +168,7 @@ def gradients(small_model, scalar: torch.Tensor) -> list[torch.Tensor]:
 def test_token_logprobs_equal_a_plain_forward_pass(small_model, monkeypatch, packed, chunk, temperature):
     monkeypatch.setattr(model, "LOGIT_CHUNK", chunk)
     rows = random_rows()
-    logp_T, entropy_T = model.token_logprobs(small_model, rows, packed, temperature, entropy="gradient")
+    logp_T, entropy_T = model.token_logprobs(as_actor(small_model, packed), rows, temperature, entropy="gradient")
     expected_logp_T, expected_entropy_T = reference(small_model, rows, temperature)
     assert len(logp_T) == sum(len(row.response_ids) for row in rows) == 170
     torch.testing.assert_close(logp_T, expected_logp_T, atol=1e-5, rtol=0)
@@ -177,18 +182,30 @@ def test_token_logprobs_equal_a_plain_forward_pass(small_model, monkeypatch, pac
 
 
 def test_entropy_costs_nothing_unless_asked(small_model):
-    logp_T, entropy_T = model.token_logprobs(small_model, random_rows(), packed=False)
+    logp_T, entropy_T = model.token_logprobs(as_actor(small_model), random_rows())
     assert logp_T.requires_grad and not entropy_T.requires_grad and not entropy_T.any()
-    _, entropy_T = model.token_logprobs(small_model, random_rows(), packed=False, entropy="value")
+    _, entropy_T = model.token_logprobs(as_actor(small_model), random_rows(), entropy="value")
     torch.testing.assert_close(entropy_T, reference(small_model, random_rows(), 1.0)[1], atol=1e-5, rtol=0)
     assert not entropy_T.requires_grad
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_computing_in_bfloat16_keeps_float32_weights_and_gradients(small_model, packed):
+    rows = random_rows()
+    exact_T, _ = model.token_logprobs(as_actor(small_model, packed), rows)
+    rough_T, _ = model.token_logprobs(as_actor(small_model, packed, torch.bfloat16), rows)
+    assert rough_T.dtype == torch.float32 and 1e-5 < float((rough_T - exact_T).detach().abs().max()) < 0.05
+    found = gradients(small_model, rough_T.mean())
+    for one, other in zip(found, gradients(small_model, exact_T.mean()), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("budget", [1, 100, 10_000])  # rows are up to 203 tokens long
 def test_all_logprobs_keep_the_order_of_rows(small_model, packed, budget):
     rows = random_rows(2)
-    found = all_logprobs(small_model, rows, budget, packed, 1.0)
+    found = all_logprobs(as_actor(small_model, packed), rows, budget, 1.0)
     with torch.no_grad():
         expected = [reference(small_model, [row], 1.0)[0].numpy() for row in rows]
     for one, other in zip(found, expected, strict=True):
@@ -262,6 +279,16 @@ def test_latest_moves_and_old_checkpoints_go(tmp_path):
     assert names(tmp_path) == ["000004", "000005", "000006.partial", "latest"]
     point_latest(folder, keep=0)  # the last one is always kept
     assert names(tmp_path) == ["000005", "000006.partial", "latest"]
+
+
+def test_a_checkpoint_is_replaced_whole(actor, tmp_path):
+    """Saved twice under one name, as a cold start is, also after a crash between the two renames."""
+    folder = tmp_path / "final"
+    save_model(actor, folder, {"guidelines.json": ["old"]})
+    folder.rename(tmp_path / "final.replaced")
+    for rules in (["middle"], ["new"]):
+        save_model(actor, folder, {"guidelines.json": rules})
+        assert json.loads((folder / "guidelines.json").read_text()) == rules and names(tmp_path) == ["final"]
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -14,7 +14,7 @@ import torch
 
 import envs
 import prompts
-from model import Actor, Row, load_actor, packs, token_logprobs
+from model import Actor, Row, load_actor, token_logprobs
 from rollout import Engine, Sampling, TransformersEngine, VllmEngine, canary, collect, make_engine, stable_seed, sync
 
 
@@ -68,7 +68,7 @@ def gap(actor: Actor, prompt_ids, samples, temperature: float) -> float:
     """Mean |difference| between the samples' log-probs and the trainer's."""
     rows = [Row(np.array(ids), np.array(sample.ids)) for ids, sample in zip(prompt_ids, samples, strict=True)]
     with torch.no_grad():
-        trainer, _ = token_logprobs(actor.model, rows, packs(actor), temperature)
+        trainer, _ = token_logprobs(actor, rows, temperature)
     return float(np.abs(trainer.numpy() - np.concatenate([sample.logprobs for sample in samples])).mean())
 
 
@@ -386,6 +386,28 @@ def test_all_episodes_may_be_lost(engine, config, tasks):
     assert counts == {"restarted": 2, "discarded": 2}
 
 
+@pytest.mark.parametrize("threaded", [False, True])
+def test_an_error_leaves_no_request_behind(any_engine, config, tasks, prompt_ids, threaded):
+    """vLLM refuses to reset its cache while requests run, and would hand them to the next who asks."""
+
+    class Stuck(ToyRoom):
+        def step(self, action):
+            time.sleep(0.5 if threaded else 0)
+            return super().step(action)
+
+    Stuck.threaded = threaded
+
+    def stop(episode):
+        raise KeyError("stop")
+
+    before = any_engine.generate(prompt_ids[:2], samplings(2))
+    with pytest.raises(KeyError):
+        play(any_engine, tiny.changed(config, "env.max_steps=1"), tasks, 3, Stuck, on_episode=stop)
+    assert any_engine.poll() == []
+    any_engine.load_weights([])
+    assert any_engine.generate(prompt_ids[:2], samplings(2)) == before
+
+
 def test_slow_environments_act_in_threads(engine, config, tasks, episodes):
     class Slow(envs.NativeAlfworld):
         threaded = True
@@ -410,7 +432,7 @@ def test_transformers_engine_collects_the_same_kind_of_episodes(slow_engine, con
     steps = [step for episode in episodes for step in episode.steps]
     rows = [Row(np.array(step.prompt_ids), np.array(step.response_ids)) for step in steps]
     with torch.no_grad():
-        trainer, _ = token_logprobs(actor.model, rows, packs(actor), config.rollout.temperature)
+        trainer, _ = token_logprobs(actor, rows, config.rollout.temperature)
     np.testing.assert_allclose(np.concatenate([step.logprobs for step in steps]), trainer, atol=1e-4)
 
 

@@ -55,7 +55,7 @@ def rows(config, initial, small_games) -> list[Row]:
         )
         for index, text in enumerate(tiny.chat_rows(small_games)[:24])
     ]
-    old = all_logprobs(initial.model, rows, 4096, False, config.rollout.temperature)
+    old = all_logprobs(initial, rows, 4096, config.rollout.temperature)
     for row, logprobs in zip(rows, old, strict=True):
         row.logprobs = logprobs
     return rows
@@ -76,6 +76,17 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max(float((one[name] - other[name]).abs().max()) for name in one | other)
 
 
+def two_episodes() -> tuple[Episode, Episode]:
+    """Of one group: one wins in its second step; the other stays where it began, by an impossible action."""
+
+    def step(observation: str, reward: float = 0.0, available: bool = True) -> Step:
+        return Step([1], [2], [-0.5], "prompt", "response", observation, "action", True, available, reward)
+
+    task = envs.Task("alfworld", "pick_and_place_simple", "id", "train")
+    won = Episode(task, 0, 0, [step("start"), step("desk", reward=1.0)])
+    return won, Episode(task, 0, 1, [step("start"), step("start", available=False)])
+
+
 @pytest.mark.parametrize(
     "invalid, expected",
     [
@@ -84,14 +95,8 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     ],
 )
 def test_actor_rows_carry_gigpo_advantages(config, invalid, expected):
-    """By hand: one of two episodes wins in its second step; the other stays where it began, by an impossible action."""
-
-    def step(observation: str, reward: float = 0.0, available: bool = True) -> Step:
-        return Step([1], [2], [-0.5], "prompt", "response", observation, "action", True, available, reward)
-
-    task = envs.Task("alfworld", "pick_and_place_simple", "id", "train")
-    won = Episode(task, 0, 0, [step("start"), step("desk", reward=1.0)])
-    lost = Episode(task, 0, 1, [step("start"), step("start", available=False)])
+    """By hand, on the two episodes above."""
+    won, lost = two_episodes()
     settings = ["advantage=gigpo", "divide_by_std=false", "gamma=0.5", "step_weight=2", "invalid_penalty=0.1"]
     config = changed(config, "rollout.group_size=2", *(f"algo.{one}" for one in [*settings, f"invalid={invalid}"]))
     rows = actor_rows([won, lost], config)
@@ -99,14 +104,23 @@ def test_actor_rows_carry_gigpo_advantages(config, invalid, expected):
     assert [step.advantage for step in won.steps + lost.steps] == [row.advantage for row in rows]
 
 
+def test_an_episode_left_alone_has_no_advantage(config):
+    """The other of its group was discarded; published statistics would hand it its raw score."""
+    won, lost = two_episodes()
+    config = changed(config, "rollout.group_size=2", "algo.advantage=grpo", "algo.stats_over=trajectories")
+    assert all(row.advantage for row in actor_rows([won, lost], config))
+    rows = actor_rows([won, dataclasses.replace(lost, group=1)], config)
+    assert [row.advantage for row in rows] == [0.0] * 4 == [step.advantage for step in won.steps + lost.steps]
+
+
 @pytest.mark.parametrize("how", ["token", "sequence", "dr"])
 @pytest.mark.parametrize("kl", [0, 0.5])
 def test_update_is_the_same_for_any_micro_batch(initial, rows, config, how, kl):
     config = changed(config, f"algo.aggregate={how}", f"algo.kl={kl}")
     torch.manual_seed(0)
-    reference = copy.deepcopy(initial.model)
+    reference = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
     with torch.no_grad():
-        for parameter in reference.parameters():
+        for parameter in reference.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     whole, metrics = after(initial, rows, changed(config, "train.tokens_per_micro_batch=9999"), reference=reference)
     assert distance(whole, initial.model.state_dict()) > 1e-3
@@ -142,7 +156,7 @@ def test_good_rows_become_likelier_and_bad_ones_less(initial, rows, config):
     for row in [row for row in rows if row.advantage and row.logprobs.mean() < -0.2][:6]:
         trained = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
         trained.model.load_state_dict(after(initial, [row], config, lr=1e-3)[0])
-        (logprobs,) = all_logprobs(trained.model, [row], 4096, False, config.rollout.temperature)
+        (logprobs,) = all_logprobs(trained, [row], 4096, config.rollout.temperature)
         assert np.sign((logprobs - row.logprobs).mean()) == np.sign(row.advantage)
 
 
@@ -167,11 +181,40 @@ def test_an_update_without_any_signal_is_no_update(initial, rows, config):
     assert all(np.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_published_learning_rate_moves_the_weights(initial, rows, config, dtype):
+    """Steps of 1e-6 are not rounded away, whatever is computed in: nine in ten weights move in four updates."""
+    actor = load_actor(changed(config, f"model.dtype={dtype}"))
+    optimizer = make_optimizer(actor.model, 1e-6, 0.0)
+    config = changed(config, "train.lr=1e-6", "train.rows_per_update=4", f"model.dtype={dtype}")
+    metrics = update(actor, None, optimizer, rows, config, iteration=0)
+    assert metrics["train/updates"] == 4 and metrics["mismatch/mean_abs"] < (1e-5 if dtype == "float32" else 0.05)
+    before = initial.model.state_dict()
+    moved = torch.cat([(weight != before[name]).flatten() for name, weight in actor.model.state_dict().items()])
+    assert moved.float().mean() > 0.9 and actor.dtype == getattr(torch, dtype)
+    assert {weight.dtype for weight in actor.model.parameters()} == {torch.float32}
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(initial, rows, config):
+    plain, _ = after(initial, rows, config)
+    saving = load_actor(changed(config, "model.gradient_checkpointing=true"))
+    calls = []
+    for actor in (initial, saving):
+        copied = dataclasses.replace(actor, model=copy.deepcopy(actor.model))
+        copied.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        optimizer = torch.optim.SGD(copied.model.parameters(), lr=0.05)
+        update(copied, None, optimizer, rows, changed(config, "train.lr=0.05", "train.old_logprobs=engine"), 0)
+        calls.append(0)
+        assert distance(copied.model.state_dict(), plain) < 1e-6 and not copied.model.training
+    once = calls.index(0)
+    assert len(calls) - 2 - once == 2 * once
+
+
 def test_judge_weight_zero_is_no_judge(initial, rows, config):
     actor_only = [row for row in rows if not row.judge]
     for kl in ("algo.kl=0", "algo.kl=0.1"):
         config = changed(config, kl)
-        reference = copy.deepcopy(initial.model)
+        reference = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
         without, _ = after(initial, actor_only, config, reference=reference)
         off, _ = after(initial, rows, changed(config, "judge.weight=0"), reference=reference)
         on, _ = after(initial, rows, config, reference=reference)
@@ -233,7 +276,7 @@ torch.distributed.destroy_process_group()
 
 
 def all_scenarios(actor: Actor, rows: list[Row], config: Config) -> dict:
-    return {name: after(actor, rows, changed(config, *overrides), lr=2e-3, momentum=0.9, reference=actor.model)
+    return {name: after(actor, rows, changed(config, *overrides), lr=2e-3, momentum=0.9, reference=actor)
             for name, overrides in SCENARIOS.items()}  # fmt: skip
 
 
@@ -404,6 +447,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, small_games, tmp_path):
     (checkpoints / "latest").symlink_to("000001")
     (checkpoints / "000002").rename(checkpoints / "000002.partial")
     (checkpoints / "000002.partial" / "model.safetensors").write_bytes(b"torn")
+    written = (copied / "metrics.jsonl").read_text()
+    (copied / "metrics.jsonl").write_text(written[: len(written) - 100])  # torn, too
     tiny.run("train_rl.py", tiny.rl_yaml(small_games, tmp_path), cwd=tmp_path)
     expected, found = metrics_of(run), metrics_of(copied)
     assert found[0] == expected[0] and len(found) == 2
@@ -462,8 +507,11 @@ def test_dry_run_prints_the_arithmetic(small_games, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("sys.argv", ["train_rl.py", str(tiny.rl_yaml(small_games, tmp_path)), "--dry-run"])
     train_rl.main()
     printed = capsys.readouterr().out
-    assert "4 games x 4 = 16 episodes of at most 6 steps, 16 critiques" in printed
+    assert "4 games x 4 = 16 episodes of at most 6 steps, 32 critiques" in printed
     assert "at most 2 optimizer steps of 48 rows" in printed
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="rollout.groups=4 does not divide over 3 ranks"):
+        train_rl.main()
 
 
 def test_no_episode_at_all_stops_the_run():

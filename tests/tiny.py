@@ -31,7 +31,7 @@ env: {{data: {games}, max_steps: 6}}
 algo: {{advantage: gigpo}}
 rollout: {{groups: 4, group_size: 4, temperature: 0.7, max_prompt_tokens: 800, max_response_tokens: 40, concurrency: 16,
           kv_cache_gib: 0.1}}
-judge: {{enabled: true, questions: 4, group_size: 4, teacher: expert, max_prompt_tokens: 1200, max_response_tokens: 60}}
+judge: {{enabled: true, questions: 8, group_size: 4, teacher: expert, max_prompt_tokens: 1200, max_response_tokens: 60}}
 guidelines: {{every: 1}}
 train: {{iterations: 2, lr: 1.0e-3, rows_per_update: 48, tokens_per_micro_batch: 4096, checkpoint_every: 1,
         eval_every: 2}}
@@ -81,7 +81,7 @@ def checkpoint(games: Path) -> Path:
     for update in range(updates):
         batch = rng.sample(rows, 8)
         weight_T = torch.from_numpy(np.concatenate([weight for _, weight in batch])).float()
-        logp_T, _ = model.token_logprobs(actor.model, [row for row, _ in batch], packed=False)
+        logp_T, _ = model.token_logprobs(actor, [row for row, _ in batch])
         (-(logp_T * weight_T).sum() / weight_T.sum()).backward()
         torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
         for group in optimizer.param_groups:
