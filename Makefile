@@ -58,7 +58,7 @@ $(GAMES): | $(READY)
 		--receptacles 6 --objects 12
 
 $(BASE): $(GAMES)
-	$(RUN) evaluate.py --ckpt assets/base --config configs/quickstart.yaml --out $(@D) --levels L0 $(SET)
+	$(RUN) evaluate.py --ckpt assets/base --config configs/quickstart.yaml --out $(@D) --levels L0 --seeds 1 $(SET)
 
 # The runs of one seed: $(1) ends their names, $(2) is the seed. train_rl.py resumes an interrupted run by itself.
 define runs
