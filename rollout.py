@@ -159,7 +159,8 @@ class VllmEngine(Engine):
             config.judge.max_prompt_tokens + config.judge.max_response_tokens if config.judge.enabled else 0,
         )
         place: dict[str, Any] = (
-            dict(kv_cache_memory_bytes=int(config.rollout.kv_cache_gib * 2**30), enforce_eager=True)
+            # the backend's own block of 128 tokens makes its attention read far past the end of short sequences
+            dict(kv_cache_memory_bytes=int(config.rollout.kv_cache_gib * 2**30), enforce_eager=True, block_size=32)
             if on_cpu
             else dict(gpu_memory_utilization=config.rollout.gpu_memory_utilization)
         )
