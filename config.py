@@ -33,13 +33,60 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-TASK_TYPES = (  # ALFWorld's six, in the order of its own ids 1 to 6
-    "pick_and_place_simple",
-    "look_at_obj_in_light",
-    "pick_clean_then_place_in_recep",
-    "pick_heat_then_place_in_recep",
-    "pick_cool_then_place_in_recep",
-    "pick_two_obj_and_place",
+TASK_TYPES = {
+    "alfworld": (  # in the order of its own ids 1 to 6
+        "pick_and_place_simple",
+        "look_at_obj_in_light",
+        "pick_clean_then_place_in_recep",
+        "pick_heat_then_place_in_recep",
+        "pick_cool_then_place_in_recep",
+        "pick_two_obj_and_place",
+    ),
+    "scienceworld": (  # in the order of their published numbers 0 to 28; use-thermometer, 29, is in no published split
+        "boil",
+        "change-the-state-of-matter-of",
+        "chemistry-mix",
+        "chemistry-mix-paint-secondary-color",
+        "chemistry-mix-paint-tertiary-color",
+        "find-animal",
+        "find-living-thing",
+        "find-non-living-thing",
+        "find-plant",
+        "freeze",
+        "grow-fruit",
+        "grow-plant",
+        "identify-life-stages-1",
+        "identify-life-stages-2",
+        "inclined-plane-determine-angle",
+        "inclined-plane-friction-named-surfaces",
+        "inclined-plane-friction-unnamed-surfaces",
+        "lifespan-longest-lived",
+        "lifespan-longest-lived-then-shortest-lived",
+        "lifespan-shortest-lived",
+        "measure-melting-point-known-substance",
+        "measure-melting-point-unknown-substance",
+        "melt",
+        "mendelian-genetics-known-plant",
+        "mendelian-genetics-unknown-plant",
+        "power-component",
+        "power-component-renewable-vs-nonrenewable-energy",
+        "test-conductivity",
+        "test-conductivity-of-unknown-substances",
+    ),
+}
+HELD_OUT_TYPES = {  # published: what level L2 evaluates on and never trains on
+    "alfworld": TASK_TYPES["alfworld"][4:],
+    "scienceworld": tuple(TASK_TYPES["scienceworld"][index] for index in (1, 4, 8, 11, 13, 16, 18, 21, 24, 28)),
+}
+
+
+SIMPLIFICATIONS = (
+    "easy",
+    "teleportAction",
+    "openDoors",
+    "openContainers",
+    "selfWateringFlowerPots",
+    "noElectricalAction",
 )
 
 
@@ -65,15 +112,38 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EnvConfig:
-    name: Literal["alfworld"] = "alfworld"
+    name: Literal["alfworld", "scienceworld"] = "alfworld"
     # who plays ALFWorld: games.py, or TextWorld itself (about 400 times slower)
     engine: Literal["native", "textworld"] = "native"
-    data: str = ""  # folder that holds json_2.1.1/; empty: $ALFWORLD_DATA
+    # ALFWorld: the folder that holds json_2.1.1/; empty: $ALFWORLD_DATA. ScienceWorld: where gold paths are kept;
+    # empty: data/scienceworld
+    data: str = ""
     level: Literal["L0", "L1", "L2"] = "L0"  # training level: L0 and L1 train on task_types, L2 on those not held out
-    task_types: tuple[str, ...] = TASK_TYPES  # task types of levels L0 and L1
-    held_out_types: tuple[str, ...] = TASK_TYPES[4:]  # task types that level L2 evaluates on and never trains on
+    task_types: tuple[str, ...] = ()  # task types of levels L0 and L1; empty: all of TASK_TYPES
+    held_out_types: tuple[str, ...] = ()  # what level L2 evaluates on and never trains on; empty: HELD_OUT_TYPES
     max_steps: int = 30  # actions per episode
     history: int = 2  # past (observation, action) pairs shown in the prompt
+    # ScienceWorld alone:
+    simplification: str = "easy"  # the simulator's presets (SIMPLIFICATIONS), comma-separated
+    max_moves: int = 100  # simulated time after which an episode is over (as published); a `wait` takes 11
+    list_valid: bool = False  # list all valid actions at every step, to know what is available; 5 to 10 times slower
+    machines: int = 1  # Java machines per rank, which the environments share
+    machine_heap_mib: int = 1024  # the memory of each machine's heap; some 5 per environment
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The task types of levels L0 and L1."""
+        return self.task_types or TASK_TYPES[self.name]
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The task types that level L2 evaluates on."""
+        return self.held_out_types or HELD_OUT_TYPES[self.name]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The task types that training at env.level sees."""
+        return tuple(kind for kind in self.types if self.level != "L2" or kind not in self.held_out)
 
 
 @dataclass(frozen=True)
@@ -238,19 +308,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def check(config: Config) -> None:
     """Constraints between fields. Raises ConfigError."""
+    known = TASK_TYPES[config.env.name]
     for name in ("task_types", "held_out_types"):
         for task_type in getattr(config.env, name):
-            if task_type not in TASK_TYPES:
-                raise ConfigError(f"env.{name}: unknown task type {task_type!r}{_nearest(task_type, TASK_TYPES)}")
+            if task_type not in known:
+                raise ConfigError(f"env.{name}: unknown task type {task_type!r}{_nearest(task_type, known)}")
     for level in config.eval.levels:
         if level not in ("L0", "L1", "L2"):
             raise ConfigError(f"eval.levels: unknown level {level!r}; levels are L0, L1, L2")
     positive = {
         "env.max_steps": config.env.max_steps,
+        "env.max_moves": config.env.max_moves,
+        "env.machines": config.env.machines,
+        "env.machine_heap_mib": config.env.machine_heap_mib,
         "rollout.groups": config.rollout.groups,
         "rollout.group_size": config.rollout.group_size,
         "rollout.temperature": config.rollout.temperature,
         "rollout.concurrency": config.rollout.concurrency,
+        "rollout.max_prompt_tokens": config.rollout.max_prompt_tokens,
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
         "judge.questions": config.judge.questions,
         "judge.group_size": config.judge.group_size,
@@ -260,6 +335,8 @@ def check(config: Config) -> None:
         "train.tokens_per_micro_batch": config.train.tokens_per_micro_batch,
         "train.checkpoint_every": config.train.checkpoint_every,
         "train.episodes_every": config.train.episodes_every,
+        "sft.episodes": config.sft.episodes,
+        "sft.epochs": config.sft.epochs,
         "sft.rows_per_update": config.sft.rows_per_update,
         "sft.tokens_per_micro_batch": config.sft.tokens_per_micro_batch,
         "eval.seeds": config.eval.seeds,
@@ -271,10 +348,33 @@ def check(config: Config) -> None:
         raise ConfigError("rollout.group_size is 1; a group-relative advantage needs at least 2 episodes per game")
     if config.algo.dual_clip is not None and config.algo.dual_clip <= 1:
         raise ConfigError(f"algo.dual_clip is {config.algo.dual_clip}; it bounds a ratio and must be above 1, or null")
-    if config.eval.games < 0:
-        raise ConfigError(f"eval.games is {config.eval.games}; it is a number of games, or 0 for all")
+    not_negative = {
+        "env.history": config.env.history,
+        "eval.games": config.eval.games,  # 0: all
+        "eval.temperature": config.eval.temperature,
+        "train.lr": config.train.lr,
+        "train.eval_every": config.train.eval_every,
+        "sft.lr": config.sft.lr,
+        "guidelines.every": config.guidelines.every,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise ConfigError(f"{key} is {value}; it must not be negative")
     if config.judge.enabled and config.judge.group_size < 2:
         raise ConfigError("judge.group_size is 1; a group-relative judge loss needs at least 2 answers per question")
+    for preset in filter(None, config.env.simplification.split(",")):
+        if preset not in SIMPLIFICATIONS:
+            raise ConfigError(f"env.simplification: unknown preset {preset!r}{_nearest(preset, SIMPLIFICATIONS)}")
+        kinds = (*config.env.types, *config.env.held_out)
+        if preset == "noElectricalAction" and any(
+            "power-component" in kind or "conductivity" in kind for kind in kinds
+        ):
+            raise ConfigError(
+                "env.simplification=noElectricalAction leaves power-component and test-conductivity without a "
+                "solution; name other env.task_types and env.held_out_types"
+            )
+    if config.env.name == "scienceworld" and (config.sft.noise or config.sft.idle or config.sft.variant == "reading"):
+        raise ConfigError("sft.noise, sft.idle and sft.variant=reading are made of ALFWorld's actions; leave them out")
     if config.guidelines.every and not config.judge.enabled:
         raise ConfigError("guidelines.every needs judge.enabled=true: golden rules are distilled from critiques")
 
@@ -293,6 +393,34 @@ def check_world(config: Config, world: int) -> None:
             lower, upper = value // unit * unit, (value // unit + 1) * unit
             near = f"{lower} or {upper}" if lower else f"{upper}"
             raise ConfigError(f"{key}={value} does not divide over {ranks}{why}; set it to {near}")
+
+
+def run_folder(checkpoint: str | Path) -> Path | None:
+    """The run that a checkpoint belongs to, or None for any other model."""
+    folder = Path(checkpoint)
+    return folder.parent.parent if folder.parent.name == "checkpoints" else None
+
+
+def trained_types(checkpoint: str | Path) -> dict[str, str]:
+    """The task types that a checkpoint's run was trained on, or the runs that it started from: type -> run."""
+    types: dict[str, str] = {}
+    runs: set[Path] = set()
+    while (run := run_folder(checkpoint)) and run not in runs and (run / "config.yaml").is_file():
+        runs.add(run)
+        made = load(run / "config.yaml")
+        types = dict.fromkeys(made.env.trained, str(run)) | types
+        checkpoint = made.model.path
+    return types
+
+
+def check_lineage(config: Config) -> None:
+    """Training at level L2 must not go on from a run that saw a held-out task type. Raises ConfigError."""
+    seen = trained_types(config.model.path) if config.env.level == "L2" else {}
+    if leaked := [kind for kind in config.env.held_out if kind in seen]:
+        raise ConfigError(
+            f"env.level=L2 holds out {', '.join(leaked)}, on which {seen[leaked[0]]} was trained: start from a cold "
+            "start with env.level=L2, or from another model"
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -3,25 +3,35 @@
     tasks(env_cfg, level, "train" | "eval") -> list[Task]
     env = make_env(env_cfg);  env.reset(task) -> Observation;  env.step(action) -> Observation
     make_expert(env_cfg).reset(task) -> action;  .step(action) -> next action
+    python envs.py --splits                     # how many tasks each level has
+    python envs.py --play scienceworld          # the expert's episode of one task, in full
 
-ALFWorld is played natively (games.py) or, with env.engine=textworld, by TextWorld itself.  Success is strict: `won`.
-Departures from published code: the engine's `help` is not offered, as there, and also not played; evaluation lists are
-fixed and whole; the expert is alfworld's own hand-coded one, with its "put" test mended for the "move" dialect,
-without its ceremonial first `look` and its actions that do nothing.
+ALFWorld is played natively (games.py) or, with env.engine=textworld, by TextWorld itself; ScienceWorld by its simulator
+(sciworld.py).  Success is strict: ALFWorld's `won`, ScienceWorld's score of 100.
+Departures from published code: the published rule of success for ScienceWorld (over, and a score above 0: waiting wins,
+too) is told as `won_loose` beside the strict one, and never trained on.  All episodes of a group play one task, and
+evaluation lists are fixed and whole.  ALFWorld's `help` is not offered, as there, and also not played.  The ALFWorld
+expert is alfworld's own hand-coded one, with its "put" test mended for the "move" dialect, without its ceremonial first
+`look` and its actions that do nothing; the ScienceWorld expert follows the simulator's gold path.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
 import random
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import config as configuration
 import games
+import sciworld
 from config import ConfigError, EnvConfig
 
 RECEPTACLE_TYPES = frozenset(  # what can be gone to, as ALFWorld names it; everything else is an object
@@ -30,12 +40,15 @@ RECEPTACLE_TYPES = frozenset(  # what can be gone to, as ALFWorld names it; ever
     "stoveburner toaster toilet toiletpaperhanger towelholder tvstand".split()
 )
 MAX_TRIES = 20  # of the expert, at one step
-ALFWORLD_SPLIT = {"train": "train", "L0": "valid_seen", "L1": "valid_unseen", "L2": "valid_unseen"}
+SPLITS = {  # what a level evaluates on; every level trains on "train"
+    "alfworld": {"L0": "valid_seen", "L1": "valid_unseen", "L2": "valid_unseen"},
+    "scienceworld": {"L0": "dev", "L1": "test", "L2": "test"},
+}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One game: `id` is its folder below json_2.1.1/."""
+    """One game: `id` is its folder below json_2.1.1/, or ScienceWorld's "task/variation"."""
 
     env: str
     type: str
@@ -45,44 +58,61 @@ class Task:
 
 @dataclass(frozen=True)
 class Observation:
+    """What an environment answers to a reset or an action."""
+
     text: str
-    actions: tuple[str, ...]
+    actions: tuple[str, ...]  # ScienceWorld: its templates, with OBJ for an object
     task: str
     score: float  # in [0, 1]
     done: bool
     won: bool
+    objects: tuple[str, ...] = ()  # ScienceWorld: what OBJ can stand for
+    available: bool | None = None  # whether the action that led here could be done; None: whether it was on the list
+    won_loose: bool = False  # won by the published rule for ScienceWorld
 
 
 def tasks(env_cfg: EnvConfig, level: str, phase: str) -> list[Task]:
     """The fixed task list of a level, "train" or "eval", in a stable order.
 
-    ALFWorld: L0 is new games in seen rooms, L1 new games in unseen rooms, L2 held-out task types in unseen rooms; L0
-    and L1 train on the same games, L2 on those of the types it does not hold out (peers: GiGPO, RLVMR). Raises
-    ConfigError if the data are missing or a level is left without tasks.
+    L0 is new tasks of the kinds trained on (ALFWorld: in rooms seen in training; ScienceWorld: the simulator's "dev"
+    variations), L1 further ones (unseen rooms; "test"), L2 held-out task types (of L1's split). L0 and L1 train on the
+    same tasks, L2 on those of the types it does not hold out. Source: GiGPO's and RLVMR's code. Raises ConfigError if
+    the data (ScienceWorld: Java) are missing or a level is left without tasks.
     """
     if phase not in ("train", "eval") or level not in ("L0", "L1", "L2"):
         raise ValueError(f"no tasks for level {level!r}, phase {phase!r}")
-    if level == "L2":
-        held_out = env_cfg.held_out_types
-        types = held_out if phase == "eval" else tuple(kind for kind in env_cfg.task_types if kind not in held_out)
-    else:
-        types = env_cfg.task_types
-    split = ALFWORLD_SPLIT["train" if phase == "train" else level]
-    found = [
+    types = env_cfg.held_out if level == "L2" and phase == "eval" else replace(env_cfg, level=level).trained
+    split = "train" if phase == "train" else SPLITS[env_cfg.name][level]
+    found = (_alfworld_tasks if env_cfg.name == "alfworld" else _scienceworld_tasks)(env_cfg, split, types)
+    assert not (phase == "train" and level == "L2" and {task.type for task in found} & set(env_cfg.held_out))
+    if not found:
+        where = data_folder(env_cfg) / "json_2.1.1" / split if env_cfg.name == "alfworld" else f"the {split} split"
+        raise ConfigError(f"level {level} ({phase}) has no games of types {', '.join(types)} in {where}")
+    return found
+
+
+def _alfworld_tasks(env_cfg: EnvConfig, split: str, types: Sequence[str]) -> list[Task]:
+    return [
         Task("alfworld", trial.split("-")[0], f"{split}/{trial}", split)
         for trial, solvable in sorted(_scan(data_folder(env_cfg), split).items())
         if solvable and "movable" not in trial and "Sliced" not in trial and trial.split("-")[0] in types
     ]
-    if not found:
-        raise ConfigError(
-            f"level {level} ({phase}) has no games of types {', '.join(types)} in "
-            f"{data_folder(env_cfg) / 'json_2.1.1' / split}"
-        )
-    return found
+
+
+def _scienceworld_tasks(env_cfg: EnvConfig, split: str, types: Sequence[str]) -> list[Task]:
+    sciworld.java()
+    return [
+        Task("scienceworld", name, f"{name}/{variation}", split)
+        for name in sorted(types)
+        for variation in sciworld.variations(name)[split]
+    ]
 
 
 def data_folder(env_cfg: EnvConfig) -> Path:
-    """The folder that holds json_2.1.1/: env.data, else $ALFWORLD_DATA. Raises ConfigError if neither is set."""
+    """The folder that holds json_2.1.1/: env.data, else $ALFWORLD_DATA. Raises ConfigError if neither is set.
+    ScienceWorld: the folder for its gold paths."""
+    if env_cfg.name == "scienceworld":
+        return sciworld.data_folder(env_cfg)
     folder = env_cfg.data or os.environ.get("ALFWORLD_DATA", "")
     if not folder:
         raise ConfigError(
@@ -136,6 +166,8 @@ def game_path(env_cfg: EnvConfig, task: Task) -> Path:
 
 def make_env(env_cfg: EnvConfig) -> Any:
     """One environment, for one episode at a time."""
+    if env_cfg.name == "scienceworld":
+        return ScienceWorld(env_cfg)
     return NativeAlfworld(env_cfg) if env_cfg.engine == "native" else TextWorldAlfworld(env_cfg)
 
 
@@ -178,27 +210,69 @@ class TextWorldAlfworld:
         self.task = games.task_sentence(stored)
         self.engine = games.textworld_env(stored)
         self.state = self.engine.reset()
-        return self._observe(self.state)
+        return self._observe(self.state["feedback"])
 
     def step(self, action: str) -> Observation:
         action = action.strip()
-        if action not in self.state["admissible_commands"] or action == "help":
-            return _alfworld_observation(
-                "Nothing happens.", self.state["admissible_commands"], self.task, self.state["won"]
-            )
-        self.state, _, _ = self.engine.step(action)
-        return self._observe(self.state)
+        available = action in self.state["admissible_commands"] and action != "help"
+        if available:
+            self.state, _, _ = self.engine.step(action)
+        return self._observe(self.state["feedback"] if available else "Nothing happens.")
 
     def restart(self) -> None:
         self.engine = None
 
-    def _observe(self, state: Any) -> Observation:
-        return _alfworld_observation(state["feedback"], state["admissible_commands"], self.task, state["won"])
+    def _observe(self, text: str) -> Observation:
+        return _alfworld_observation(text, self.state["admissible_commands"], self.task, bool(self.state["won"]))
 
 
 def _alfworld_observation(text: str, actions: list[str], task: str, won: bool) -> Observation:
     offered = tuple(action for action in actions if action != "help")
-    return Observation(text.strip(), offered, task, float(won), bool(won), bool(won))
+    return Observation(text.strip(), offered, task, float(won), won, won, won_loose=won)
+
+
+class ScienceWorld:
+    """ScienceWorld's simulator, with others in one Java machine.
+
+    An action is available if the simulator understands it (with env.list_valid: if it is in the simulator's list of
+    valid actions, as published).
+    """
+
+    threaded = True  # a step takes 10 ms or more, in Java
+
+    def __init__(self, env_cfg: EnvConfig) -> None:
+        self.env_cfg = env_cfg
+        self.machine = sciworld.machine(env_cfg)
+        self.simulator: sciworld.Simulator | None = None
+
+    def reset(self, task: Task) -> Observation:
+        if self.simulator is None:
+            self.simulator = sciworld.Simulator(self.machine)
+        name, _, variation = task.id.rpartition("/")
+        return self._observe(self.simulator.load(name, int(variation), self.env_cfg.simplification))
+
+    def step(self, action: str) -> Observation:
+        listed = self.env_cfg.list_valid and action in self.simulator.valid_actions()
+        state = self.simulator.step(action)
+        return self._observe(state, listed if self.env_cfg.list_valid else state.accepted)
+
+    def restart(self) -> None:
+        self.simulator = None  # the next one starts the machine anew if it has died
+
+    def _observe(self, state: sciworld.State, available: bool = True) -> Observation:
+        won = state.score == 100
+        done = won or state.complete or state.score < 0 or state.moves > self.env_cfg.max_moves
+        return Observation(
+            text=state.text,
+            actions=self.simulator.templates,
+            task=self.simulator.goal,
+            score=max(0, state.score) / 100,
+            done=done,
+            won=won,
+            objects=state.objects,
+            available=available,
+            won_loose=done and state.score > 0,
+        )
 
 
 class AlfworldExpert:
@@ -263,6 +337,89 @@ class AlfworldExpert:
             random.setstate(kept)
 
 
-def make_expert(env_cfg: EnvConfig, seed: int = 0) -> AlfworldExpert:
+class GoldPath:
+    """ScienceWorld's expert: the simulator's own solution, action by action. It does not recover from other actions."""
+
+    def __init__(self, env_cfg: EnvConfig) -> None:
+        self.env_cfg = env_cfg
+
+    def reset(self, task: Task) -> str | None:
+        name, _, variation = task.id.rpartition("/")
+        self.left = sciworld.gold_path(self.env_cfg, name, int(variation))
+        return next(iter(self.left), None)
+
+    def step(self, action: str) -> str | None:
+        """The next action after `action` was taken; the same again if that was another; None at the end."""
+        if self.left and action == self.left[0]:
+            self.left = self.left[1:]
+        return next(iter(self.left), None)
+
+
+def make_expert(env_cfg: EnvConfig, seed: int = 0) -> AlfworldExpert | GoldPath:
     """The environment's own expert."""
-    return AlfworldExpert(env_cfg, seed)
+    return AlfworldExpert(env_cfg, seed) if env_cfg.name == "alfworld" else GoldPath(env_cfg)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# To look at
+
+
+def split_table(env_cfg: EnvConfig) -> str:
+    """How many tasks each level trains and evaluates on, by task type."""
+    levels = [(level, phase) for level in ("L0", "L1", "L2") for phase in ("train", "eval")]
+    counts = {key: Counter(task.type for task in tasks(env_cfg, *key)) for key in levels}
+    lines = [f"{env_cfg.name:<52}" + "".join(f"{level} {phase:<8}" for level, phase in levels)]
+    for kind in sorted(set().union(*counts.values())):
+        lines.append(f"{kind:<52}" + "".join(f"{counts[key][kind] or '-':<11}" for key in levels))
+    return "\n".join([*lines, f"{'all':<52}" + "".join(f"{counts[key].total():<11}" for key in levels)])
+
+
+def gold_table(env_cfg: EnvConfig) -> str:
+    """The length of the gold path of each ScienceWorld task's first variation in every split, against env.max_steps."""
+    splits = ("train", "dev", "test")
+    lines, longer = [f"{'actions in the first gold path':<52}" + "".join(f"{split:<11}" for split in splits)], Counter()
+    for name in env_cfg.types:
+        lengths = [len(sciworld.gold_path(env_cfg, name, sciworld.variations(name)[split][0])) for split in splits]
+        longer.update(split for split, length in zip(splits, lengths, strict=True) if length > env_cfg.max_steps)
+        lines.append(f"{name:<52}" + "".join(f"{length:<11}" for length in lengths))
+    of = f"longer than env.max_steps={env_cfg.max_steps}, of {len(env_cfg.types)} tasks"
+    return "\n".join([*lines, f"{of:<52}" + "".join(f"{longer[split]:<11}" for split in splits)])
+
+
+def play(env_cfg: EnvConfig, task: Task) -> str:
+    """The expert's episode of a task, in full."""
+    env, expert = make_env(env_cfg), make_expert(env_cfg)
+    seen, action = env.reset(task), expert.reset(task)
+    lines = [task.id, f"Task: {seen.task}", "", seen.text]
+    while action is not None and not seen.done:
+        seen = env.step(action)
+        lines += [f"\n> {action}", seen.text]
+        action = expert.step(action)
+    return "\n".join([*lines, "", f"won: {seen.won}, score: {seen.score}"])
+
+
+def main() -> None:
+    """The command line."""
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--splits", action="store_true", help="the tasks of each level")
+    command.add_argument("--gold", action="store_true", help="how long ScienceWorld's gold paths are (takes minutes)")
+    command.add_argument("--play", choices=sorted(SPLITS), help="the expert's episode of one task")
+    command.add_argument("--data", default="", help="ALFWorld's games; default: $ALFWORLD_DATA")
+    command.add_argument("--task", type=int, default=0, help="which task of L0's evaluation list to play")
+    arguments = command.parse_args()
+    alfworld, scienceworld = EnvConfig(data=arguments.data), EnvConfig(name="scienceworld")
+    if arguments.splits:
+        print(split_table(scienceworld))
+        print(split_table(alfworld))
+    if arguments.gold:
+        print(gold_table(scienceworld))
+    if arguments.play:
+        env_cfg = {"alfworld": alfworld, "scienceworld": scienceworld}[arguments.play]
+        found = tasks(env_cfg, "L0", "eval")
+        if not 0 <= arguments.task < len(found):
+            raise ConfigError(f"--task {arguments.task}: there are tasks 0 to {len(found) - 1}")
+        print(play(env_cfg, found[arguments.task]))
+
+
+if __name__ == "__main__":
+    configuration.fail_clearly(main)

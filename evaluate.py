@@ -7,6 +7,7 @@
 
 Every game of a level's fixed list is played once per sampling seed; the rate comes with n and a 95 % interval, which is
 over games: plays of one game are alike, and count for less than as many plays of different ones.  Success is strict.
+L2 of a run that was trained on L2's task types is marked as such: they are not new to it.
 A checkpoint's guidelines are part of it: its evaluation prompts carry them.  Writes eval.json and eval_episodes.jsonl
 to the run's folder (or --out).  Departure from published code, which draws games with replacement and others at each
 validation: the list is whole and fixed.
@@ -24,6 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import config as configuration  # before torch: it sets the number of threads
 
@@ -58,7 +60,7 @@ def main() -> None:
         return print(table({folder.name if distinct else str(folder): _read(folder) for folder in arguments.table}))
     if not arguments.ckpt:
         command.error("--ckpt or --table is needed")
-    run = _run_folder(arguments.ckpt)
+    run = configuration.run_folder(arguments.ckpt)
     config = _config(arguments, run)
     out = arguments.out or run or Path("runs") / f"eval_{Path(arguments.ckpt).name}"
 
@@ -71,6 +73,8 @@ def main() -> None:
     engine = make_engine(config, actor, arguments.ckpt)
     started = time.monotonic()
     results, episodes = evaluate_levels(engine, config, rules, show=rank == 0)
+    if "L2" in results:
+        results["L2"]["trained_on"] = sorted(configuration.trained_types(arguments.ckpt).keys() & config.env.held_out)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         record = {
@@ -90,9 +94,12 @@ def main() -> None:
 
 
 def evaluate_levels(
-    engine: Engine, config: Config, rules: Sequence[str], show: bool = False
+    engine: Engine, config: Config, rules: Sequence[str], show: bool = False, pool: Sequence[Any] = ()
 ) -> tuple[dict[str, dict], list[Episode]]:
-    """Play every level of config.eval; results by level and all episodes, the same on every rank and world size."""
+    """Play every level of config.eval; results by level and all episodes, the same on every rank and world size.
+
+    `pool` are the environments to play in; without it they are made.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     results, everything = {}, []
     for level in config.eval.levels:
@@ -103,10 +110,8 @@ def evaluate_levels(
             games = random.Random(0).sample(games, config.eval.games)
         share = slice(len(games) * rank // world, len(games) * (rank + 1) // world)
         mine = games[share]
-        pool = [
-            envs.make_env(config.env)
-            for _ in range(max(1, min(config.rollout.concurrency, len(mine) * config.eval.seeds)))
-        ]
+        in_flight = min(config.rollout.concurrency, max(1, len(mine) * config.eval.seeds))
+        pool = pool or [envs.make_env(config.env) for _ in range(in_flight)]
         with tqdm(
             total=len(mine) * config.eval.seeds, desc=level, unit=" episodes", disable=not show, mininterval=2
         ) as bar:
@@ -148,6 +153,8 @@ def summarise(episodes: Sequence[Episode]) -> dict:
     return {
         **rate(episodes),
         "types": {name: rate(played) for name, played in sorted(by_type.items())},
+        "mean_of_types": float(np.mean([rate(played)["success"] for played in by_type.values()])),
+        "success_loose": float(np.mean([episode.won_loose for episode in episodes])),
         "by_seed": [float(np.mean(by_seed[seed])) for seed in sorted(by_seed)],
         "mean_steps": len(steps) / len(episodes),
         "mean_steps_won": float(np.mean([len(e.steps) for e in episodes if e.won]))
@@ -202,18 +209,21 @@ def table(records: dict[str, dict], by_type: bool = False) -> str:
                     f"\n{level}: {result['mean_steps']:.1f} steps per episode, {shares['invalid']} malformed replies, "
                     f"{shares['unavailable']} unavailable actions, {shares['repeats']} repeats"
                 )
-                lines += [f"  {kind:<34}{summary_line(one)}" for kind, one in result["types"].items()]
+                lines += [f"  {kind:<52}{summary_line(one)}" for kind, one in result["types"].items()]
+                if len(result["types"]) > 1:
+                    lines.append(f"  {'mean over task types':<52}{100 * result['mean_of_types']:.1f}")
+                if result["success_loose"] != result["success"]:
+                    lines.append(f"  {'won by the loose published rule':<52}{100 * result['success_loose']:.1f}")
+    if any(result.get("trained_on") for record in records.values() for result in record["levels"].values()):
+        lines.append("* task types that the run was trained on")
     return "\n".join(lines)
 
 
 def summary_line(result: dict) -> str:
-    """Example: "61.3 [57.4, 65.1] n=600"."""
-    return f"{100 * result['success']:.1f} [{100 * result['low']:.1f}, {100 * result['high']:.1f}] n={result['n']}"
-
-
-def _run_folder(checkpoint: str) -> Path | None:
-    folder = Path(checkpoint)
-    return folder.parent.parent if folder.parent.name == "checkpoints" else None
+    """Example: "61.3 [57.4, 65.1] n=600"; with an asterisk if its task types were trained on."""
+    mark = "*" * bool(result.get("trained_on"))
+    interval = f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
+    return f"{100 * result['success']:.1f}{mark} {interval} n={result['n']}"
 
 
 def _config(arguments: argparse.Namespace, run: Path | None) -> Config:

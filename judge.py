@@ -59,8 +59,8 @@ class ExpertTeacher:
         self.visited: set[int] = set()
         self.searched: set[int] = set()  # visited and open to the eye
 
-    def judge(self, action: str) -> int:
-        """The label of `action` in the current state, which it then carries out."""
+    def judge(self, action: str, raised: bool = False) -> int:
+        """The label of `action` in the current state, which it then carries out. ALFWorld has no score to be raised."""
         play, game = self.play, self.play.game
         admissible = action in play.actions and action != "help"
         before = games.distance(play)
@@ -83,16 +83,55 @@ class ExpertTeacher:
         nearer = play.won or (before is not None and after is not None and after < before)
         return int(admissible and (nearer or explores))
 
+    def better(self) -> str | None:
+        """What the teacher would do now: the oracle's next action."""
+        return next(iter(games.solve(self.play) or []), None)
+
     def _placed(self) -> set[int]:
         """Goal objects that already lie, ready, where the task wants them."""
         play, game = self.play, self.play.game
         return {obj for place in game.goal_receptacles for obj in play.contents[place] if play.ready(obj)}
 
 
+class GoldTeacher:
+    """Judges actions of one ScienceWorld task by the simulator's own solution.
+
+    Good: the next action of the gold path, after those of it that were already taken; or one that raised the score.
+    """
+
+    def __init__(self, env_cfg: EnvConfig, task: envs.Task) -> None:
+        self.expert = envs.GoldPath(env_cfg)
+        self.next = self.expert.reset(task)
+
+    def judge(self, action: str, raised: bool = False) -> int:
+        """The label of `action` as the next one, which `raised` the score or did not."""
+        good = raised or action == self.next
+        self.next = self.expert.step(action)
+        return int(good)
+
+    def better(self) -> str | None:
+        """What the teacher would do now."""
+        return self.next
+
+
+def make_teacher(env_cfg: EnvConfig, task: envs.Task) -> ExpertTeacher | GoldTeacher:
+    """The offline teacher of one task's episode."""
+    return (ExpertTeacher if env_cfg.name == "alfworld" else GoldTeacher)(env_cfg, task)
+
+
 def expert_labels(env_cfg: EnvConfig, episode: Episode) -> list[int]:
     """The offline teacher's label of every step of an episode."""
-    teacher = ExpertTeacher(env_cfg, episode.task)
-    return [teacher.judge(step.action) for step in episode.steps]
+    teacher = make_teacher(env_cfg, episode.task)
+    return [teacher.judge(step.action, raised=step.gain > 0) for step in episode.steps]
+
+
+def expert_verdict(env_cfg: EnvConfig, task: envs.Task, before: Sequence[str], action: str) -> tuple[int, str | None]:
+    """The offline teacher's label of `action` after those `before` it, and what it would do itself."""
+    teacher = make_teacher(env_cfg, task)
+    for earlier in before:
+        teacher.judge(earlier)
+    better = teacher.better()
+    return teacher.judge(action), better
 
 
 def label_episodes(episodes: Sequence[Episode], config: Config, rng: random.Random, budget: int) -> dict[str, float]:

@@ -6,6 +6,8 @@ untrusted text: the parsers never raise, run in linear time and accept one stric
 Departures from the paper: typographical slips are mended ("observaitons", mismatched quotes); the guideline sentences
 are left out where there are no guidelines, and the history sentences at the first step, where there is no history; the
 golden rule is asked for inside <rule> tags, because the paper does not say how it is read out of the answer.
+ScienceWorld's available actions are its templates and the objects in reach, as published, without the example action,
+which models come to repeat.
 """
 
 from __future__ import annotations
@@ -27,15 +29,24 @@ HISTORY = (
 FIRST_STEP = "Your current observation is: {observation}\n"
 REPLY_FORMAT = (
     "This reasoning process MUST be enclosed within <think> </think> tags. Once you've finished your reasoning, you "
-    "should choose {choice} for current step and present it within <action> </action> tags."
+    "should choose {choice} and present it within <action> </action> tags."
 )
 
-ACTOR = {
+ACTOR = {  # how the prompt opens, how the task is told, how the prompt closes
     "alfworld": (
         "You are an expert agent operating in the ALFRED Embodied Environment. Your task is to: {task}\n",
+        "",
         "Your admissible actions of the current situation are: [{actions}].\n"
         "Now it's your turn to take an action. You should first reason step-by-step{guided} about the current "
-        "situation. " + REPLY_FORMAT.replace("{choice}", "an admissible action"),
+        "situation. " + REPLY_FORMAT.replace("{choice}", "an admissible action for current step"),
+    ),
+    "scienceworld": (
+        "You are an expert agent operating in the ScienceWorld environment, which is a text-based virtual environment "
+        "centered around accomplishing tasks from the elementary science curriculum.\n",
+        "Your current task is: {task}\n",
+        "Here are the actions you may take:\nCurrent available actions: [{actions}], where OBJ is one of the objects "
+        "[{objects}].\nNow it's your turn to take an action. You should first reason step-by-step about the current "
+        "situation. " + REPLY_FORMAT.replace("{choice}", "an appropriate action for the current step"),
     ),
 }
 
@@ -76,6 +87,7 @@ is bad, you will also explain why your proposed alternative action is better. </
 
 CRITIC_SETTING = {
     "alfworld": ("ALFWorld, a household environment", "'put a cellphone in bed'"),
+    "scienceworld": ("SciWorld, a science environment", "'determine if metal fork is electrically conductive'"),
 }
 
 GOLDEN_RULE = """\
@@ -133,15 +145,18 @@ def build_prompt(
     history: Sequence[tuple[str, str]] = (),
     step: int = 0,
     suggestions: Sequence[str] = (),
+    objects: Sequence[str] = (),
 ) -> str:
-    """The actor's prompt at `step` (from 0): `history` holds the latest (observation, action) pairs, oldest first.
+    """The actor's prompt at `step` (from 0): `history` holds the latest (observation, action) pairs, oldest first;
+    `objects` are what the "OBJ" of ScienceWorld's actions can stand for.
 
     Source: paper, Appendix A.4.
     """
-    opening, closing = ACTOR[env]
+    opening, told, closing = ACTOR[env]
     parts = [opening.format(task=task)]
     if suggestions:
         parts.append(GUIDELINES.format(suggestions="\n".join(f"- {plain(rule)}" for rule in suggestions)))
+    parts.append(told.format(task=task))
     if history:
         first = step - len(history) + 1
         lines = [
@@ -159,8 +174,8 @@ def build_prompt(
         )
     else:
         parts.append(FIRST_STEP.format(observation=observation))
-    listed = "\n ".join(f"'{action}'" for action in actions)
-    parts.append(closing.format(actions=listed, guided=" based on the guideline" if suggestions else ""))
+    listed = {"actions": "\n ".join(f"'{action}'" for action in actions), "objects": ", ".join(objects)}
+    parts.append(closing.format(guided=" based on the guideline" if suggestions else "", **listed))
     return "".join(parts)
 
 

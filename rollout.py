@@ -60,13 +60,14 @@ class Step:
     observation: str  # raw text seen before acting: the anchor state
     action: str
     valid: bool
-    available: bool  # the action was in the environment's list
+    available: bool  # the environment offered the action
     reward: float
     tag: str = "think"
     thought: str = ""
     advantage: float = 0.0
     label: int | None = None  # GCD: 1 good, 0 flawed
     label_source: str = ""
+    gain: float = 0.0  # by which the action changed the environment's score
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Episode:
     won: bool = False
     score: float = 0.0
     weights_version: int = 0  # iterations of training behind the weights that played it; -1: an evaluation
+    won_loose: bool = False  # by the published rule for ScienceWorld; logged, never trained on
 
     def to_json(self, tokens: bool = False) -> dict[str, Any]:
         """One line of episodes/*.jsonl: all but prompts, tokens and log-probs, which `tokens` adds."""
@@ -361,6 +363,7 @@ class Play:
             task=seen.task,
             observation=seen.text,
             actions=seen.actions,
+            objects=seen.objects,
             history=[(step.observation, step.action) for step in recent],
             step=len(steps),
             suggestions=suggestions,
@@ -384,7 +387,7 @@ class Play:
         self.observation, self.sample = seen, None
         over = seen.done or len(self.episode.steps) >= config.env.max_steps
         if over:
-            self.episode.won, self.episode.score = seen.won, seen.score
+            self.episode.won, self.episode.won_loose, self.episode.score = seen.won, seen.won_loose, seen.score
         return over
 
     def _step(self, after: Observation, config: Config) -> Step:
@@ -397,8 +400,9 @@ class Play:
             observation=self.observation.text,
             action=self.reply.action,
             valid=self.reply.valid,
-            available=self.reply.action in self.observation.actions,
+            available=self.reply.action in self.observation.actions if after.available is None else after.available,
             reward=config.rollout.success_reward * float(after.won),
+            gain=after.score - self.observation.score,
             tag=self.reply.tag,
             thought=self.reply.thought,
         )

@@ -56,7 +56,20 @@ from model import (
 )
 from rollout import Episode, canary, collect, make_engine, sync
 
-FREE_TO_CHANGE = {"train.iterations", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every", "eval"}
+FREE_TO_CHANGE = {  # when a run goes on: what does not change the training, or is the cure of what ended it
+    "train.iterations",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.eval_every",
+    "eval",
+    "env.machines",
+    "env.machine_heap_mib",
+    "rollout.max_prompt_tokens",
+    "rollout.concurrency",
+    "rollout.kv_cache_gib",
+    "rollout.gpu_memory_utilization",
+    "rollout.canary_bound",
+}
 
 
 def main() -> None:
@@ -75,7 +88,10 @@ def train(config: Config) -> None:
     """The loop."""
     rank, world = join_ranks(config)
     configuration.check_world(config, world)
+    configuration.check_lineage(config)
     train_tasks = envs.tasks(config.env, config.env.level, "train")
+    for level in config.eval.levels if config.train.eval_every else ():
+        envs.tasks(config.env, level, "eval")  # missing data fail now, not at the first evaluation
     checkpoint, state = find_checkpoint(config)
     folder = str(checkpoint or config.model.path)
     actor = load_actor(config, path=folder)
@@ -135,7 +151,7 @@ def train(config: Config) -> None:
         # ---- Evaluate
         if config.train.eval_every and (iteration + 1) % config.train.eval_every == 0:
             with clock("evaluate"):
-                results, _ = evaluate_levels(engine, config, rules)
+                results, _ = evaluate_levels(engine, config, rules, pool=pool)
             metrics |= {f"eval/{level}": result["success"] for level, result in results.items()}
 
         # ---- Log
@@ -442,6 +458,8 @@ def rollout_metrics(episodes: Sequence[Episode], counts: dict[str, int]) -> dict
     return {
         "rollout/episodes": len(episodes),
         "rollout/success": float(np.mean([episode.won for episode in episodes])),
+        "rollout/success_loose": float(np.mean([episode.won_loose for episode in episodes])),
+        "rollout/score": float(np.mean([episode.score for episode in episodes])),
         "rollout/steps": len(steps),
         "rollout/steps_per_episode": len(steps) / len(episodes),
         "rollout/invalid": float(np.mean([not step.valid for step in steps])),
@@ -548,7 +566,8 @@ def find_checkpoint(config: Config) -> tuple[Path | None, dict]:
     if not folder.exists():
         return None, {}
     state = torch.load(folder / "trainer" / "state.pt", weights_only=True, map_location="cpu")
-    now, then = _flat(configuration.to_dict(config)), _flat(state["config"])
+    now, default = (_flat(configuration.to_dict(one)) for one in (config, Config()))
+    then = default | _flat(state["config"])  # an option that is younger than the run had its default's effect
     changed = [
         key for key in now | then if now.get(key) != then.get(key) and not {key, key.split(".")[0]} & FREE_TO_CHANGE
     ]

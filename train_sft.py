@@ -35,10 +35,9 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 import envs
-import games
 import prompts
 from config import Config, ConfigError
-from judge import ExpertTeacher
+from judge import expert_verdict
 from model import (
     Actor,
     Row,
@@ -51,109 +50,9 @@ from model import (
     sum_gradients,
     token_logprobs,
 )
+from thoughts import ADVICE, SCIENCE_ADVICE, Situation, critique, need, places, reply, thought
 
 DATA_VERSION = 7  # raise it when the code below makes other rows from the same config
-
-TASK_FORMS = (  # ALFWorld's task sentences -> what is needed, in which state, and where it must go
-    r"(?:look at|examine the) (?P<object>\w+) (?:under|with) the (?P<place>\w+)",
-    r"(?:put|find) (?P<state>two) (?P<object>\w+)(?: and put them)? in (?P<place>\w+)",
-    r"put a (?P<state>clean|hot|cool) (?P<object>\w+) in (?P<place>\w+)",
-    r"(?P<state>clean|heat|cool) some (?P<object>\w+) and put it in (?P<place>\w+)",
-    r"put (?:a|some) (?P<object>\w+) (?:in|on) (?P<place>\w+)",
-)
-STATE = {"clean": "clean", "heat": "hot", "hot": "hot", "cool": "cool", "two": "two", None: "a"}
-
-ADVICE = {  # what the offline critic advises, by what was wrong or right
-    "inadmissible": "Read the current observation and choose an admissible action.",
-    "idle": "Avoid repeating actions that did not change anything.",
-    "search": "Explore unvisited places systematically while searching for the object.",
-    "grab": "Take only the object that the task needs.",
-    "deliver": "Go to the destination and finish the task once the object is held.",
-}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Offline thoughts and critiques
-
-
-@dataclass(frozen=True)
-class Situation:
-    """What a prompt shows at one step."""
-
-    task: str
-    observation: str
-    actions: tuple[str, ...]
-    history: tuple[tuple[str, str], ...]
-    step: int
-
-
-def thought(at: Situation) -> str:
-    """What the agent can read off its prompt: need, what it holds, where it went, what is in reach, what of it counts.
-
-    What counts is an object that is needed, where one is in reach; the place for it, once it is held as needed.
-    Example: "Need clean mug in shelf. Have nothing. Been drawer 1, desk 1. Here cd 1, mug 2. Next mug 2.", and when
-    that mug is clean: "Need clean mug in shelf. Have clean mug 2. Been sinkbasin 1. Here nothing. Next shelf 1."
-    """
-    need, held = _need(at), _held(at)
-    wanted, kind, place = STATE[need.groupdict().get("state")], need["object"], need["place"]
-    texts = (*(text for text, _ in at.history), at.observation)
-    changes = (re.match(rf"You (clean|heat|cool) the {held} using", text) for text in texts)
-    states = [STATE[match[1]] for match in changes if match]
-    ready = held.split()[0] == kind and (wanted in ("a", "two") or states[-1:] == [wanted])
-    been = [action.removeprefix("go to ") for _, action in at.history if action.startswith("go to ")]
-    here = [match[1] for action in at.actions if (match := re.match(r"(?:take|use) (\w+ \d+)", action))]
-    reach = here + [match[1] for action in at.actions if (match := re.match(r"(?:go to|examine) (\w+ \d+)", action))]
-    counts = [name for name in reach if name.split()[0] == (place if ready else kind) and name != held]
-    return (
-        f"Need {wanted} {kind} in {place}. Have {' '.join(states[-1:] + [held])}. "
-        f"Been {', '.join(been) or 'nowhere'}. Here {', '.join(here) or 'nothing'}. "
-        f"Next {counts[0] if counts else 'nothing'}."
-    )
-
-
-def _held(at: Situation) -> str:
-    """The object in hand, or "nothing": only what is held or stood at can be examined."""
-    return next((name for name in _examined(at) if name.split()[0] not in envs.RECEPTACLE_TYPES), "nothing")
-
-
-def _places(at: Situation) -> list[str]:
-    """The receptacle the agent stands at: none at the start."""
-    return [name for name in _examined(at) if name.split()[0] in envs.RECEPTACLE_TYPES]
-
-
-def _examined(at: Situation) -> list[str]:
-    return [action.removeprefix("examine ") for action in at.actions if action.startswith("examine ")]
-
-
-def _need(at: Situation) -> re.Match:
-    return next(match for form in TASK_FORMS if (match := re.match(form, at.task)))
-
-
-def reply(at: Situation, action: str) -> str:
-    """An actor's whole reply, in the form prompts.parse_reply reads."""
-    return f"<think>{thought(at)}</think><action>{action}</action>"
-
-
-def critique(at: Situation, action: str, verdict: int, better: str) -> str:
-    """A critic's whole answer about `action`, in the paper's format; `better` is shown where the verdict is 0."""
-    verb = action.split(" ")[0]
-    if action not in at.actions:
-        kind, reason = "inadmissible", "It is not admissible."
-    elif verb in ("go", "open"):
-        kind = "search"
-        reason = "It leads on." if verdict else "It leads nowhere new."
-    elif verb == "take":
-        kind, reason = "grab", "It takes what is needed." if verdict else "It takes what is not needed."
-    elif verb in ("move", "use", "clean", "heat", "cool"):
-        kind, reason = "deliver", "It serves the task." if verdict else "It does not serve the task."
-    else:
-        kind, reason = "idle", "It brings the task closer." if verdict else "It changes nothing."
-    proposal = "" if verdict else f"<action>{better}</action>"
-    return (
-        f"<think>{thought(at)} {reason}</think><answer>\\boxed{{{verdict}}}</answer>{proposal}"
-        f"<advise>{ADVICE[kind]}</advise>"
-    )
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows
@@ -162,23 +61,24 @@ def critique(at: Situation, action: str, verdict: int, better: str) -> str:
 def make_rows(config: Config) -> Iterator[dict]:
     """The chat rows of `config.sft`: the same, in the same order, for the same config."""
     tasks = envs.tasks(config.env, config.env.level, "train")
-    if config.env.level == "L2":
-        assert not {task.type for task in tasks} & set(config.env.held_out_types), "held-out types in the cold start"
     rng = random.Random(f"cold start {config.seed}")
     rng.shuffle(tasks)
     play = _random_episode if config.sft.variant == "reading" else _expert_episode
     queue = deque(tasks)
     critics: dict[int, list[dict]] = {0: [], 1: []}
+    laps = 10 if config.env.name == "alfworld" else 1  # of the gold path nothing hangs on chance
+    passed_over = 0
     for _ in range(config.sft.episodes):
         lost = 0
         while not (episode := play(config, queue[0], rng)):
             lost += 1
             queue.rotate(-1)
-            if lost > 10 * len(tasks):
+            if lost > laps * len(tasks):
                 raise ConfigError("the expert wins none of the training games within env.max_steps; raise it")
+        passed_over += lost
         for turn in episode:
             if turn.taught:
-                rules = _some_advice(rng) if rng.random() < config.sft.guided else ()
+                rules = _some_advice(config, rng) if rng.random() < config.sft.guided else ()
                 yield _chat(_prompt(config, turn.at, rules), reply(turn.at, turn.action))
         if config.sft.variant != "vanilla":
             row, verdict = _critic_row(config, queue[0], episode, rng)
@@ -192,6 +92,8 @@ def make_rows(config: Config) -> Iterator[dict]:
                 f"{config.sft.episodes} episodes gave {len(rows)}; raise sft.episodes"
             )
         yield from rows[:needed]
+    if passed_over:
+        tqdm.write(f"{passed_over} games that the expert did not win within {config.env.max_steps} steps are left out")
 
 
 @dataclass(frozen=True)
@@ -210,7 +112,10 @@ def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list
     probability sft.idle, never twice in a row, it looks around instead, which changes nothing, and this is taught.
     """
     env, expert = envs.make_env(config.env), envs.make_expert(config.env, rng.getrandbits(32))
-    seen, action = env.reset(task), expert.reset(task)
+    action = expert.reset(task)
+    if isinstance(expert, envs.GoldPath) and len(expert.left) > config.env.max_steps:
+        return []
+    seen = env.reset(task)
     turns: list[Turn] = []
     while action is not None and not seen.done and len(turns) < config.env.max_steps:
         at, slips = _situation(config, seen, turns), rng.random() < config.sft.noise
@@ -225,7 +130,7 @@ def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list
 
 def _idle(at: Situation) -> str:
     """What looks at the place in front once more, or around where there is none."""
-    return next((f"examine {place}" for place in _places(at)), "look")
+    return next((f"examine {place}" for place in places(at)), "look")
 
 
 def _random_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
@@ -237,7 +142,7 @@ def _random_episode(config: Config, task: envs.Task, rng: random.Random) -> list
     while not seen.done and len(turns) < config.env.max_steps:
         at, slips = _situation(config, seen, turns), rng.random() < config.sft.noise
         action = _slip(at, turns, rng) if slips else _of_random_kind(at.actions, rng)
-        rare = not thought(at).endswith("Next nothing.")
+        rare = not thought(at, action).endswith("Next nothing.")
         turns.append(Turn(at, action, not slips and (rare or rng.random() < 1 / 5)))
         seen = env.step(action)
     return turns
@@ -255,48 +160,53 @@ def _slip(at: Situation, turns: Sequence[Turn], rng: random.Random) -> str:
     kind = rng.choice(("random", "earlier", "grasp", "stay"))
     if kind == "earlier" and turns:
         return _of_random_kind(rng.choice(turns).at.actions, rng)
-    places = _places(at)
-    if kind == "grasp" and places:
-        return f"take {_need(at)['object']} {rng.randint(1, 3)} from {rng.choice(places)}"
-    if kind == "stay" and places:
-        return f"go to {rng.choice(places)}"
+    here = places(at)
+    if kind == "grasp" and here:
+        return f"take {need(at)['object']} {rng.randint(1, 3)} from {rng.choice(here)}"
+    if kind == "stay" and here:
+        return f"go to {rng.choice(here)}"
     return rng.choice(at.actions)
 
 
 def _situation(config: Config, seen: envs.Observation, turns: Sequence[Turn]) -> Situation:
     recent = turns[-config.env.history :] if config.env.history else ()
     history = tuple((turn.at.observation, turn.action) for turn in recent)
-    return Situation(seen.task, seen.text, seen.actions, history, len(turns))
+    return Situation(config.env.name, seen.task, seen.text, seen.actions, history, len(turns), seen.objects)
 
 
 def _critic_row(config: Config, task: envs.Task, episode: Sequence[Turn], rng: random.Random) -> tuple[dict, int]:
     """A judged step of the episode, as chat row and verdict: the action played, or a random one in its place.
 
-    The verdict is the offline teacher's and the better action the oracle's, both of whom see the full state; in a
-    `reading` set they are random, since no strategy may be in there.
+    The verdict and the better action are the offline teacher's, who sees the full state; in a `reading` set they are
+    random, since no strategy may be in there.
     """
     chosen = rng.randrange(len(episode))
     at, action = episode[chosen].at, episode[chosen].action
     if rng.random() < 0.5:
-        action = rng.choice(at.actions)
+        action = _random_action(at, rng)
     if config.sft.variant == "reading":
         verdict, better = rng.randrange(2), rng.choice(at.actions)
     else:
-        teacher = ExpertTeacher(config.env, task)
-        for turn in episode[:chosen]:
-            teacher.judge(turn.action)
-        better = (games.solve(teacher.play) or [episode[chosen].action])[0]
-        verdict = teacher.judge(action)
+        verdict, better = expert_verdict(config.env, task, [turn.action for turn in episode[:chosen]], action)
     question = prompts.build_critic_prompt(config.env.name, _prompt(config, at), reply(at, action))
-    return _chat(question, critique(at, action, verdict, better)), verdict
+    return _chat(question, critique(at, action, verdict, better or episode[chosen].action)), verdict
 
 
-def _some_advice(rng: random.Random) -> list[str]:
-    return rng.sample(sorted(ADVICE.values()), rng.randint(1, len(ADVICE)))
+def _random_action(at: Situation, rng: random.Random) -> str:
+    """Any action on offer, ScienceWorld's on any objects in reach."""
+    action = rng.choice(at.actions)
+    return re.sub(r"\bOBJ\b", lambda _: rng.choice(at.objects), action)
+
+
+def _some_advice(config: Config, rng: random.Random) -> list[str]:
+    known = sorted((ADVICE if config.env.name == "alfworld" else SCIENCE_ADVICE).values())
+    return rng.sample(known, rng.randint(1, len(known)))
 
 
 def _prompt(config: Config, at: Situation, rules: Sequence[str] = ()) -> str:
-    return prompts.build_prompt(config.env.name, at.task, at.observation, at.actions, at.history, at.step, rules)
+    return prompts.build_prompt(
+        at.env, at.task, at.observation, at.actions, at.history, at.step, rules, objects=at.objects
+    )
 
 
 def _chat(question: str, answer: str) -> dict:
@@ -373,6 +283,7 @@ def main() -> None:
     arguments = configuration.parser(__doc__).parse_args()
     config = configuration.load(arguments.config, arguments.set)
     rank, world = join_ranks(config)
+    configuration.check_lineage(config)
     if config.sft.rows_per_update % world:
         raise ConfigError(f"sft.rows_per_update={config.sft.rows_per_update} does not divide over {world} ranks")
     if rank == 0:

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 import config
-from config import AlgoConfig, Config, ConfigError, check_world, load, save, to_dict
+from config import (
+    HELD_OUT_TYPES,
+    TASK_TYPES,
+    AlgoConfig,
+    Config,
+    ConfigError,
+    check_lineage,
+    check_world,
+    load,
+    save,
+    to_dict,
+    trained_types,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,6 +145,14 @@ def test_errors_name_the_key_and_the_cure(empty, override, parts):
     ("overrides", "part"),
     [
         (["env.task_types=[pick_and_place]"], "'pick_and_place_simple'"),
+        (["env.name=scienceworld", "env.held_out_types=[boli]"], "'boil'"),
+        (["env.name=scienceworld", "env.task_types=[pick_and_place_simple]"], "unknown task type"),
+        (["env.simplification=esay"], "'easy'"),
+        (["env.name=scienceworld", "env.simplification=openDoors,noElectricalAction"], "without a solution"),
+        (["env.history=-1"], "must not be negative"),
+        (["sft.epochs=0"], "sft.epochs is 0"),
+        (["env.name=scienceworld", "sft.noise=0.1"], "sft.noise, sft.idle and sft.variant=reading"),
+        (["env.name=scienceworld", "sft.variant=reading"], "leave them out"),
         (["eval.levels=[L3]"], "L0, L1, L2"),
         (["rollout.groups=0"], "rollout.groups is 0"),
         (["rollout.group_size=1"], "at least 2 episodes"),
@@ -143,6 +163,47 @@ def test_errors_name_the_key_and_the_cure(empty, override, parts):
 )
 def test_constraints_between_fields(empty, overrides, part):
     assert part in error(empty, *overrides)
+
+
+def test_task_types_are_the_environments_own_unless_named(empty):
+    for name, (count, held_out) in {"alfworld": (6, 2), "scienceworld": (29, 10)}.items():
+        env = load(empty, [f"env.name={name}"]).env
+        assert (len(env.types), len(env.held_out)) == (count, held_out) and set(env.held_out) < set(env.types)
+        assert env.trained == env.types
+        held_back = load(empty, [f"env.name={name}", "env.level=L2"]).env
+        assert set(held_back.trained) == set(env.types) - set(env.held_out)
+    env = load(empty, ["env.name=scienceworld", "env.task_types=[boil, melt]", "env.held_out_types=[melt]"]).env
+    assert (env.types, env.held_out) == (("boil", "melt"), ("melt",))
+
+
+def test_level_2_does_not_go_on_from_a_run_that_saw_its_types(empty, tmp_path, monkeypatch):
+    """Neither at once nor by way of a run between."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *overrides: str) -> str:
+        save(load(empty, [f"name={name}", *overrides]), Path("runs") / name / "config.yaml")
+        return f"model.path=runs/{name}/checkpoints/latest"
+
+    first = run("sft")
+    middle = run("rl", first, "env.level=L2")
+    check_lineage(load(empty, [first]))
+    check_lineage(load(empty, [first, "env.level=L1"]))
+    for start in (first, middle):
+        with pytest.raises(
+            ConfigError, match="pick_cool.*, pick_two.*, on which runs/sft was trained: start from a cold"
+        ):
+            check_lineage(load(empty, [start, "env.level=L2"]))
+    clean = run("clean_sft", "env.level=L2")
+    check_lineage(load(empty, [run("clean_rl", clean, "env.level=L2"), "env.level=L2"]))
+    check_lineage(load(empty, [first, "env.level=L2", "env.name=scienceworld"]))
+    narrow = run("narrow", "env.task_types=[pick_and_place_simple, look_at_obj_in_light]")
+    check_lineage(load(empty, [narrow, "env.level=L2"]))
+    check_lineage(load(empty, ["model.path=Qwen/Qwen2.5-1.5B-Instruct", "env.level=L2"]))
+    itself = run("loop", "model.path=runs/loop/checkpoints/latest", "env.level=L2")
+    check_lineage(load(empty, [itself, "env.level=L2"]))
+    assert trained_types("runs/rl/checkpoints/latest") == {
+        kind: "runs/sft" if kind in HELD_OUT_TYPES["alfworld"] else "runs/rl" for kind in TASK_TYPES["alfworld"]
+    }
 
 
 def test_file_errors(write, tmp_path):

@@ -19,6 +19,7 @@ from config import TASK_TYPES, ConfigError, EnvConfig
 from make_games import make_games
 
 ROOT = Path(__file__).parents[1]
+TYPES = TASK_TYPES["alfworld"]
 REAL_GAMES = ROOT.parent / "shared" / "alfworld_games"
 
 
@@ -34,12 +35,12 @@ def trials(folder: Path, split: str) -> list[str]:
 @pytest.mark.parametrize(
     ("level", "phase", "split", "types"),
     [
-        ("L0", "train", "train", TASK_TYPES),
-        ("L1", "train", "train", TASK_TYPES),
-        ("L2", "train", "train", TASK_TYPES[:4]),
-        ("L0", "eval", "valid_seen", TASK_TYPES),
-        ("L1", "eval", "valid_unseen", TASK_TYPES),
-        ("L2", "eval", "valid_unseen", TASK_TYPES[4:]),
+        ("L0", "train", "train", TYPES),
+        ("L1", "train", "train", TYPES),
+        ("L2", "train", "train", TYPES[:4]),
+        ("L0", "eval", "valid_seen", TYPES),
+        ("L1", "eval", "valid_unseen", TYPES),
+        ("L2", "eval", "valid_unseen", TYPES[4:]),
     ],
 )
 def test_levels(small_games: Path, level: str, phase: str, split: str, types: tuple[str, ...]) -> None:
@@ -56,15 +57,15 @@ def test_levels(small_games: Path, level: str, phase: str, split: str, types: tu
 
 
 def test_types_and_held_out_types_of_the_config(small_games: Path) -> None:
-    kinds = TASK_TYPES[1:4]
-    env_cfg = EnvConfig(data=str(small_games), task_types=kinds, held_out_types=(TASK_TYPES[2], TASK_TYPES[5]))
+    kinds = TYPES[1:4]
+    env_cfg = EnvConfig(data=str(small_games), task_types=kinds, held_out_types=(TYPES[2], TYPES[5]))
 
     def found(level: str, phase: str) -> set[str]:
         return {task.type for task in envs.tasks(env_cfg, level, phase)}
 
     assert found("L0", "train") == found("L1", "train") == found("L0", "eval") == found("L1", "eval") == set(kinds)
-    assert found("L2", "train") == {TASK_TYPES[1], TASK_TYPES[3]}
-    assert found("L2", "eval") == {TASK_TYPES[2], TASK_TYPES[5]}
+    assert found("L2", "train") == {TYPES[1], TYPES[3]}
+    assert found("L2", "eval") == {TYPES[2], TYPES[5]}
 
 
 @pytest.mark.parametrize(("level", "phase"), [("L3", "train"), ("L0", "test"), ("", "eval")])
@@ -237,7 +238,7 @@ def test_the_expert_wins_the_published_games(tmp_path: Path) -> None:
     env_cfg = EnvConfig(data=str(tmp_path))
     tasks = envs.tasks(env_cfg, "L0", "eval")
     kinds = Counter(task.type for task in tasks)
-    assert [kinds[kind] for kind in TASK_TYPES] == [35, 13, 27, 16, 25, 24]  # ALFWorld's own 140
+    assert [kinds[kind] for kind in TYPES] == [35, 13, 27, 16, 25, 24]  # ALFWorld's own 140
     count = wins(env_cfg, tasks, 50)
     print(f"the expert wins {count['won']} of {len(tasks)} published games")
     assert count["won"] >= 0.95 * len(tasks) and count["gave up"] <= 1

@@ -1,6 +1,7 @@
 """evaluate.py: intervals and summaries by hand, evaluation repeatable for any number of ranks, the table."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -71,7 +72,8 @@ def step(observation: str, action: str, valid: bool = True, available: bool = Tr
 
 
 def episode(kind: str, member: int, won: bool, *steps: Step) -> Episode:
-    return Episode(envs.Task("alfworld", kind, "id", "split"), 0, member, list(steps), won, float(won))
+    task = envs.Task("alfworld", kind, "id", "split")
+    return Episode(task, 0, member, list(steps), won, float(won), won_loose=won)
 
 
 def test_summary_of_hand_made_episodes():
@@ -88,6 +90,8 @@ def test_summary_of_hand_made_episodes():
     assert found["by_seed"] == [0.5, 0.0]
     assert found["mean_steps"] == 2.0 and found["mean_steps_won"] == 2.0
     assert found["invalid"] == 2 / 8 and found["unavailable"] == 2 / 8
+    assert found["mean_of_types"] == 0.25 and found["success_loose"] == 0.25
+    assert summarise(episodes[:3])["mean_of_types"] == 0.25 != summarise(episodes[:3])["success"]
     assert found["repeats"] == 2 / 8  # the same action on the same text: episode 2's second and third
     assert summarise(episodes[2:])["mean_steps_won"] is None
     json.dumps(found)
@@ -95,7 +99,8 @@ def test_summary_of_hand_made_episodes():
 
 def result(success: float, n: int, kind: str) -> dict:
     one = {"success": success, "n": n, "low": 0.1234, "high": 0.9}
-    return one | {"types": {kind: one}, "mean_steps": 7.25, "invalid": 0.5, "unavailable": 0.25, "repeats": 0.125}
+    shares = {"invalid": 0.5, "unavailable": 0.25, "repeats": 0.125, "success_loose": success, "mean_of_types": success}
+    return one | {"types": {kind: one}, "mean_steps": 7.25} | shares
 
 
 def test_table():
@@ -108,7 +113,17 @@ def test_table():
     assert heading.index("L2") == longer.index("100.0") == base.rindex("-")
     detailed = table({"one": {"levels": {"L0": result(0.5, 10, "heat")}}}, by_type=True)
     assert "L0: 7.2 steps per episode, 50.0 % malformed replies, 25.0 % unavailable actions, 12.5 % repeats" in detailed
-    assert "  heat " in detailed
+    assert "  heat " in detailed and "loose" not in detailed and "mean over" not in detailed
+
+
+def test_table_marks_what_is_no_held_out_type_and_shows_the_loose_rule():
+    seen = result(0.5, 10, "heat") | {"trained_on": ["heat"], "success_loose": 0.75}
+    shown = table({"one": {"levels": {"L2": seen}}}, by_type=True)
+    assert "50.0* [12.3, 90.0] n=10" in shown and "* task types that the run was trained on" in shown
+    assert re.search(r"won by the loose published rule +75.0", shown)
+    fresh = seen | {"trained_on": [], "success_loose": 0.5, "types": seen["types"] | {"cool": seen["types"]["heat"]}}
+    shown = table({"one": {"levels": {"L2": fresh}}}, by_type=True)
+    assert "*" not in shown and "loose" not in shown and re.search(r"mean over task types +50.0", shown)
 
 
 # ---- Playing

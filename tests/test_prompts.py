@@ -67,6 +67,31 @@ def test_the_first_step_in_full() -> None:
     )
 
 
+def test_a_scienceworld_prompt_in_full() -> None:
+    """With the guidelines before the task, as in the paper."""
+    step = dict(env="scienceworld", task="Your task is to boil water.", observation="You move to the kitchen.")
+    step |= {"actions": ("look around", "pick up OBJ"), "objects": ("agent", "stove")}
+    text = build_prompt(**step, history=[("This room is the hallway.", "go kitchen")], step=1, suggestions=["Look."])
+    assert text == (
+        "You are an expert agent operating in the ScienceWorld environment, which is a text-based virtual environment "
+        "centered around accomplishing tasks from the elementary science curriculum.\n"
+        "You should strictly follow the guidelines below, do what the guideline suggests in your thinking steps to make"
+        " better actions:\n"
+        "- Look.\n"
+        "Your current task is: Your task is to boil water.\n"
+        "Prior to this step, you have already taken 1 step(s). Below are the most recent 1 observations and the "
+        "corresponding actions you took:\n"
+        "[Observation 1: 'This room is the hallway.', Action 1: 'go kitchen']\n"
+        "You are now at step 2 and your current observation is: You move to the kitchen.\n"
+        "Here are the actions you may take:\n"
+        "Current available actions: ['look around'\n"
+        " 'pick up OBJ'], where OBJ is one of the objects [agent, stove].\n"
+        "Now it's your turn to take an action. You should first reason step-by-step about the current situation. This "
+        "reasoning process MUST be enclosed within <think> </think> tags. Once you've finished your reasoning, you "
+        "should choose an appropriate action for the current step and present it within <action> </action> tags."
+    )
+
+
 @pytest.mark.parametrize("suggestions", [(), ("Explore first.",)])
 @pytest.mark.parametrize("past", [0, 1, 3])
 def test_parts_appear_only_where_they_have_content(past: int, suggestions: tuple[str, ...]) -> None:
@@ -125,12 +150,11 @@ def test_golden_rule_prompt_holds_the_papers_parts() -> None:
 
 
 def test_boilerplate_is_what_prompts_are_made_of() -> None:
-    texts = [
-        build_prompt(**STEP),
-        build_prompt(**STEP, history=PAST, step=3, suggestions=["x"]),
-        prompts.build_critic_prompt("alfworld", "p", "r"),
-        prompts.build_rule_prompt("t", ["a"]),
-    ]
+    texts = [prompts.build_rule_prompt("t", ["a"])]
+    for env in ("alfworld", "scienceworld"):
+        step = STEP | {"env": env}
+        texts += [build_prompt(**step), build_prompt(**step, history=PAST, step=3, suggestions=["x"])]
+        texts.append(prompts.build_critic_prompt(env, "p", "r"))
     pieces = prompts.boilerplate()
     assert [len(piece) for piece in pieces] == sorted((len(piece) for piece in pieces), reverse=True)
     assert all(any(piece in text for text in texts) for piece in pieces)

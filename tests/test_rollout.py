@@ -379,6 +379,29 @@ def test_an_environment_that_fails_twice_costs_the_episode(engine, config, tasks
     assert_same(left, [episodes[index] for index in (1, 2, 3, 6, 7)])
 
 
+def test_a_java_machine_killed_in_a_rollout_leaves_no_trace(slow_engine, config, tmp_path):
+    """ScienceWorld's environments share one: all episodes in flight are played again, on a new machine."""
+    settings = ["env.name=scienceworld", f"env.data={tmp_path}", "env.max_steps=4", "rollout.max_prompt_tokens=3000"]
+    config = tiny.changed(config, *settings)
+    tasks = [envs.Task("scienceworld", name, f"{name}/0", "train") for name in ("boil", "find-animal", "melt")]
+    expected = play(slow_engine, config, tasks, 4, iteration=3)
+    assert len(expected) == 6 and all(len(episode.steps) == 4 for episode in expected)
+    left = [9]  # steps until the machine is killed
+
+    class Killer(envs.ScienceWorld):
+        def step(self, action):
+            left[0] -= 1
+            if left[0] == 0:
+                self.machine.process.kill()
+            return super().step(action)
+
+    counts = Counter()
+    with pytest.warns(UserWarning, match="environment failed"):
+        again = play(slow_engine, config, tasks, 4, Killer, iteration=3, counts=counts)
+    assert_same(again, expected)
+    assert 1 <= counts["restarted"] <= 4 and not counts["discarded"]
+
+
 def test_all_episodes_may_be_lost(engine, config, tasks):
     counts = Counter()
     with pytest.warns(UserWarning):

@@ -514,6 +514,25 @@ def test_dry_run_prints_the_arithmetic(small_games, tmp_path, monkeypatch, capsy
         train_rl.main()
 
 
+def test_scienceworld_is_trained_on(small_games, tmp_path):
+    """One iteration on the real simulator, by the same code: actions, questions, updates, a checkpoint."""
+    settings = ["env.name=scienceworld", f"env.data={tmp_path}", "env.level=L2", "env.max_steps=3", "rollout.groups=2"]
+    settings += ["rollout.max_prompt_tokens=2400", "judge.max_prompt_tokens=3000", "train.iterations=1"]
+    settings += ["train.eval_every=0", "guidelines.every=0", "rollout.concurrency=8"]
+    tiny.run("train_rl.py", tiny.rl_yaml(small_games, tmp_path), "--set", *settings, cwd=tmp_path)
+    run = tmp_path / "runs" / "tiny_rl"
+    (record,) = metrics_of(run)
+    episodes, _ = episodes_of(run, 0)
+    assert record["rollout/episodes"] == len(episodes) == 8 and record["rollout/steps"] == 24
+    assert record["rollout/success"] == record["rollout/success_loose"] == 0 <= record["rollout/score"]
+    assert record["train/updates"] >= 1 and record["mismatch/mean_abs"] < 1e-5
+    for start in (0, 4):
+        assert len({episode["task"]["id"] for episode in episodes[start : start + 4]}) == 1  # a group plays one task
+        assert len({episode["steps"][0]["observation"] for episode in episodes[start : start + 4]}) == 1
+    assert {episode["task"]["env"] for episode in episodes} == {"scienceworld"}
+    assert (run / "checkpoints" / "latest" / "model.safetensors").is_file()
+
+
 def test_no_episode_at_all_stops_the_run():
     with pytest.raises(RuntimeError, match="no episode was collected.*discarded"):
         train_rl.rollout_metrics([], train_rl.Counter(discarded=4))

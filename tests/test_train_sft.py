@@ -18,7 +18,8 @@ import prompts
 import train_sft
 from config import TASK_TYPES, Config, ConfigError, EnvConfig, SFTConfig
 from judge import ExpertTeacher
-from train_sft import Situation, Turn, critique, make_rows, read_rows, rows_file, thought, tokenise, updates
+from thoughts import Situation, alfworld_thought, critique
+from train_sft import Turn, make_rows, read_rows, rows_file, tokenise, updates
 
 THOUGHT = re.compile(
     r"Need (?P<need>.*)\. Have (?P<have>.*)\. Been (?P<been>.*)\. Here (?P<here>.*)\. Next (?P<next>.*)\."
@@ -49,48 +50,54 @@ def offered(prompt: str) -> list[str]:
 
 
 def at(task: str, actions: str = "look", history: tuple[tuple[str, str], ...] = ()) -> Situation:
-    return Situation(task, "seen", tuple(actions.split(", ")), history, len(history))
+    return Situation("alfworld", task, "seen", tuple(actions.split(", ")), history, len(history))
 
 
 def test_a_thought_in_full() -> None:
     history = (("a", "go to drawer 1"), ("b", "open drawer 1"), ("c", "go to desk 1"), ("d", "look"))
     actions = "examine desk 1, go to drawer 1, look, take mug 2 from desk 1, take pen 1 from desk 1"
-    assert thought(at("put a clean mug in shelf.", actions, history)) == (
+    assert alfworld_thought(at("put a clean mug in shelf.", actions, history)) == (
         "Need clean mug in shelf. Have nothing. Been drawer 1, desk 1. Here mug 2, pen 1. Next mug 2."
     )
     history += (("e", "take mug 2 from desk 1"), ("f", "go to drawer 1"))
     actions = "close drawer 1, examine drawer 1, examine mug 2, go to shelf 2, move mug 2 to drawer 1, look"
-    assert thought(at("clean some mug and put it in shelf.", actions, history)) == (
+    assert alfworld_thought(at("clean some mug and put it in shelf.", actions, history)) == (
         "Need clean mug in shelf. Have mug 2. Been drawer 1, desk 1, drawer 1. Here nothing. Next nothing."
     )
     history += (("You clean the mug 2 using the sinkbasin 1.", "look"),)
-    assert thought(at("clean some mug and put it in shelf.", actions, history)) == (
+    assert alfworld_thought(at("clean some mug and put it in shelf.", actions, history)) == (
         "Need clean mug in shelf. Have clean mug 2. Been drawer 1, desk 1, drawer 1. Here nothing. Next shelf 2."
     )
-    assert thought(at("cool some mug and put it in shelf.", actions, history)).endswith("Here nothing. Next nothing.")
-    assert thought(at("look at mug under the desklamp.", "use desklamp 1, examine mug 2, examine desk 1")) == (
+    assert alfworld_thought(at("cool some mug and put it in shelf.", actions, history)).endswith(
+        "Here nothing. Next nothing."
+    )
+    assert alfworld_thought(at("look at mug under the desklamp.", "use desklamp 1, examine mug 2, examine desk 1")) == (
         "Need a mug in desklamp. Have mug 2. Been nowhere. Here desklamp 1. Next desklamp 1."
     )
     actions = "take mug 2 from desk 1, use desklamp 1"
-    assert thought(at("look at mug under the desklamp.", actions)).endswith("Here mug 2, desklamp 1. Next mug 2.")
-    assert thought(at("put some mug on desk.", "examine desk 1, examine mug 2")).endswith("Next desk 1.")
+    assert alfworld_thought(at("look at mug under the desklamp.", actions)).endswith(
+        "Here mug 2, desklamp 1. Next mug 2."
+    )
+    assert alfworld_thought(at("put some mug on desk.", "examine desk 1, examine mug 2")).endswith("Next desk 1.")
 
 
 def test_every_task_sentence_is_understood() -> None:
     """All wordings that ALFWorld has for its six types."""
     from make_games import package
 
-    for kind in TASK_TYPES:
+    for kind in TASK_TYPES["alfworld"]:
         state = next((word for prefix, word in NEEDS.items() if kind.startswith(prefix)), "a")
         for template in package()["goals"][kind]["templates"]:
             task = template.format(obj="mug", recep="shelf", toggle="desklamp") + "."
             place = "desklamp" if kind == "look_at_obj_in_light" else "shelf"
-            assert thought(at(task)).startswith(f"Need {state} mug in {place}. Have nothing. Been nowhere."), task
+            assert alfworld_thought(at(task)).startswith(f"Need {state} mug in {place}. Have nothing. Been nowhere."), (
+                task
+            )
 
 
 def check_thought(situation: Situation, play: games.Play, counts: Counter) -> None:
     """What the thought says is so in the game."""
-    game, said = play.game, THOUGHT.fullmatch(thought(situation))
+    game, said = play.game, THOUGHT.fullmatch(alfworld_thought(situation))
     state = next((word for prefix, word in NEEDS.items() if game.task_type.startswith(prefix)), "a")
     wanted = {game.names[obj].split()[0] for obj in game.goal_objects}
     goals = {game.names[place].split()[0] for place in game.goal_receptacles | game.goal_lamps}
@@ -280,7 +287,7 @@ def test_slips_are_of_all_kinds_and_mostly_impossible(small_games: Path, watched
             if turn.taught:
                 continue
             earlier = {action for before in episode[:index] for action in before.at.actions}
-            grasp = rf"take {thought(turn.at).split()[2]} [123] from \w+ \d+"
+            grasp = rf"take {alfworld_thought(turn.at).split()[2]} [123] from \w+ \d+"
             if turn.action in turn.at.actions:
                 kinds["admissible"] += 1
             elif turn.action.startswith("go to "):  # where it is; every other place is admissible
@@ -313,7 +320,7 @@ def test_guided_rows_carry_guidelines(small_games: Path) -> None:
 def test_level_2_leaves_out_the_held_out_types(small_games: Path, watched: SimpleNamespace) -> None:
     config = config_of(small_games, level="L2", variant="generative", episodes=40)
     rows = [read(row) for row in make_rows(config)]
-    assert {task.type for task, _, _ in watched.episodes} == set(TASK_TYPES[:4])
+    assert {task.type for task, _, _ in watched.episodes} == set(TASK_TYPES["alfworld"][:4])
     assert not any(re.search(r"task is to: (?:put a cool|cool some|put two|find two)", prompt) for prompt, _ in rows)
     everything = [read(row) for row in make_rows(config_of(small_games))]
     assert any(re.search(r"task is to: (?:put a cool|cool some)", prompt) for prompt, _ in everything)
