@@ -128,7 +128,7 @@ class EnvConfig:
     max_moves: int = 100  # simulated time after which an episode is over (as published); a `wait` takes 11
     list_valid: bool = False  # list all valid actions at every step, to know what is available; 5 to 10 times slower
     machines: int = 1  # Java machines per rank, which the environments share
-    machine_heap_mib: int = 1024  # the memory of each machine's heap; some 5 per environment
+    machine_heap_mib: int = 1024  # the memory of each machine's heap; shared by its environments
 
     @property
     def types(self) -> tuple[str, ...]:
