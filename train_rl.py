@@ -87,11 +87,7 @@ def main() -> None:
 def train(config: Config) -> None:
     """The loop."""
     rank, world = join_ranks(config)
-    configuration.check_world(config, world)
-    configuration.check_lineage(config)
-    train_tasks = envs.tasks(config.env, config.env.level, "train")
-    for level in config.eval.levels if config.train.eval_every else ():
-        envs.tasks(config.env, level, "eval")  # missing data fail now, not at the first evaluation
+    train_tasks = preflight(config, world)
     checkpoint, state = find_checkpoint(config)
     folder = str(checkpoint or config.model.path)
     actor = load_actor(config, path=folder)
@@ -167,6 +163,16 @@ def train(config: Config) -> None:
     if rank == 0:
         print(f"{config.train.iterations} iterations done: {config.run_dir / 'checkpoints' / 'latest'}", flush=True)
     engine.close()
+
+
+def preflight(config: Config, world: int) -> list[envs.Task]:
+    """The training tasks. What would stop the run later, stops it here: raises ConfigError."""
+    configuration.check_world(config, world)
+    configuration.check_lineage(config)
+    found = envs.tasks(config.env, config.env.level, "train")
+    for level in config.eval.levels if config.train.eval_every else ():
+        envs.tasks(config.env, level, "eval")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
