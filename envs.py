@@ -29,6 +29,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tqdm import tqdm
+
 import config as configuration
 import games
 import sciworld
@@ -375,15 +377,27 @@ def split_table(env_cfg: EnvConfig) -> str:
 
 
 def gold_table(env_cfg: EnvConfig) -> str:
-    """The length of the gold path of each ScienceWorld task's first variation in every split, against env.max_steps."""
+    """The gold path of each ScienceWorld task type's first variation: its length in every split against env.max_steps,
+    and the score and the simulated time that it reaches in training's."""
     splits = ("train", "dev", "test")
-    lines, longer = [f"{'actions in the first gold path':<52}" + "".join(f"{split:<11}" for split in splits)], Counter()
-    for name in env_cfg.types:
-        lengths = [len(sciworld.gold_path(env_cfg, name, sciworld.variations(name)[split][0])) for split in splits]
-        longer.update(split for split, length in zip(splits, lengths, strict=True) if length > env_cfg.max_steps)
-        lines.append(f"{name:<52}" + "".join(f"{length:<11}" for length in lengths))
-    of = f"longer than env.max_steps={env_cfg.max_steps}, of {len(env_cfg.types)} tasks"
-    return "\n".join([*lines, f"{of:<52}" + "".join(f"{longer[split]:<11}" for split in splits)])
+    lines = [f"{'actions in the first gold path':<52}" + "".join(f"{split:<8}" for split in splits) + "score   moves"]
+    longer: Counter[str] = Counter()
+    for name in tqdm(env_cfg.types, desc="gold paths", unit=" types"):
+        first = {split: sciworld.variations(name)[split][0] for split in splits}
+        paths = {split: sciworld.gold_path(env_cfg, name, variation) for split, variation in first.items()}
+        for split, path in paths.items():
+            if len(path) > env_cfg.max_steps:
+                longer.update({split: 1, f"all {split}": len(sciworld.variations(name)[split])})
+        simulator = sciworld.Simulator(sciworld.machine(env_cfg))
+        state = simulator.load(name, first["train"], env_cfg.simplification)
+        for action in paths["train"]:
+            state = simulator.step(action)
+        lengths = "".join(f"{len(path):<8}" for path in paths.values())
+        lines.append(f"{name:<52}{lengths}{state.score:<8}{state.moves}")
+    limit = f"types longer than env.max_steps={env_cfg.max_steps}"
+    for what, prefix in ((limit, ""), ("tasks of these types", "all ")):
+        lines.append(f"{what:<52}" + "".join(f"{longer[prefix + split]:<8}" for split in splits))
+    return "\n".join(lines)
 
 
 def play(env_cfg: EnvConfig, task: Task) -> str:

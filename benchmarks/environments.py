@@ -77,7 +77,7 @@ def random_play(game: games.Game, steps: int, rng: random.Random) -> list[str]:
 def alfworld(meter: Meter, env_cfg: EnvConfig, count: int, steps: int, rng: random.Random) -> None:
     """The same random actions in TextWorld and in games.py."""
     stock_cfg = EnvConfig(data=env_cfg.data, engine="textworld")
-    for task in tqdm(rng.sample(envs.tasks(env_cfg, "L0", "train"), count), desc="ALFWorld", unit=" games"):
+    for task in tqdm(rng.sample(envs.tasks(env_cfg, "L0", "eval"), count), desc="ALFWorld", unit=" games"):
         actions = random_play(envs.parsed_game(env_cfg, task), steps, rng)
         for name, one, passes in (("ALFWorld: stock TextWorld", stock_cfg, 1), ("ALFWorld: games.py", env_cfg, 200)):
             pool = [envs.make_env(one) for _ in range(passes)]  # one pass of games.py is too short for a CPU's clock
@@ -94,7 +94,7 @@ def scienceworld(meter: Meter, names: Sequence[str], steps: int) -> None:
 
     env_cfg = EnvConfig(name="scienceworld")
     stock, ours = ScienceWorldEnv("", envStepLimit=10_000), sciworld.Simulator(sciworld.machine(env_cfg))
-    for warm in (True, False):  # Java compiles what it runs often, so the first round does not count
+    for warm in (True,) * 3 + (False,) * 3:  # Java compiles what it runs often, so the first rounds do not count
         for name in tqdm(names, desc="ScienceWorld" + ", to warm up" * warm, unit=" tasks"):
             actions = sciworld.gold_path(env_cfg, name, 0)[:steps]
             stock.load(name, 0, env_cfg.simplification)

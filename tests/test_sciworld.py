@@ -276,6 +276,16 @@ def test_a_machine_without_memory_says_which_setting_to_raise(tmp_path):
         env.reset(task("mendelian-genetics-known-plant"))
 
 
+def test_table_of_gold_paths(env_cfg):
+    """Lengths and score as the simulator has them; types and tasks that are too long are counted by split."""
+    env = dataclasses.replace(env_cfg, task_types=("find-non-living-thing", "power-component"), max_steps=6)
+    table = {line[:52].strip(): line[52:].split() for line in envs.gold_table(env).splitlines()}
+    assert table["find-non-living-thing"] == ["5", "3", "7", "100", "4"]
+    assert table["power-component"] == ["11", "13", "9", "100", "11"]
+    assert table["types longer than env.max_steps=6"] == ["1", "1", "2"]
+    assert table["tasks of these types"] == ["10", "5", "80"]
+
+
 # ---- What the cold start and the judge make of it
 
 
