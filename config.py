@@ -148,18 +148,34 @@ class EnvConfig:
 
 @dataclass(frozen=True)
 class AlgoConfig:
-    advantage: Literal["grpo", "gigpo"] = "grpo"  # a key of losses.ADVANTAGES
+    advantage: Literal["grpo", "gigpo", "rlvmr", "ppo"] = "grpo"  # a key of losses.ADVANTAGES
     divide_by_std: bool = True  # divide group-centred values by their standard deviation; false: Dr.GRPO, mean_norm
     # group statistics over step rows (as published) or over episodes, each by its first row
     stats_over: Literal["steps", "trajectories"] = "steps"
     gamma: float = 0.95  # discount of the step returns (GiGPO)
     step_weight: float = 1.0  # weight of the step-level advantage: GiGPO's omega, RLVMR's alpha
+    similarity: float | None = None  # GiGPO: observations this alike (0 to 1) share an anchor, for instance 0.95
+    # PPO: discount over the tokens of one reply, lambda of its generalised advantage, bound of a value's change
+    token_gamma: float = 1.0
+    token_lambda: float = 1.0
+    value_clip: float = 0.5
     # which replies are invalid: those not well formed (as published), or also those whose action is not on offer
     invalid: Literal["malformed", "unavailable"] = "malformed"
     invalid_penalty: float = 0.1  # subtracted from the score of a row whose reply was invalid
+    # replies as long as rollout.max_response_tokens: train on them, leave them out of the loss and its denominators, or
+    # take overlong_penalty from their score, rising over the last overlong_cache tokens (DAPO)
+    overlong: Literal["keep", "mask", "penalise"] = "keep"
+    overlong_penalty: float = 1.0
+    overlong_cache: int = 0
     # factor on negative advantages; below 1 a small model unlearns less of what it can read
     negative_weight: float = 1.0
-    policy_loss: Literal["ppo_clip"] = "ppo_clip"  # a key of losses.POLICY_LOSSES
+    # NTHR: weaken the penalty on tokens of lost replies that pull won ones along; compared within the task's episodes,
+    # or within those rows of them that share an observation
+    nthr: bool = False
+    nthr_group: Literal["task", "anchor_state"] = "task"
+    nthr_beta: float = 1.0  # factor on the threshold of selection
+    nthr_eta: float | None = None  # factor on the advantage of selected tokens; null: 2 |0.5 - share of won episodes|
+    policy_loss: Literal["ppo_clip", "gspo", "cispo"] = "ppo_clip"  # a key of losses.POLICY_LOSSES
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
     dual_clip: float | None = None  # the loss of a negative advantage A is at most this times |A|, for instance 3
@@ -167,6 +183,13 @@ class AlgoConfig:
     kl: float = 0.01  # coefficient of the KL term against the initial model; 0: no reference model is kept
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy: float = 0.0  # coefficient of the entropy bonus
+    # factor on the loss where engine and trainer compute different log-probs: the ratio of their probabilities, of each
+    # token, of the reply, or its tokens' geometric mean; cut off at importance_high, or 0 and left out of denominators
+    # where it is not within [importance_low, importance_high]
+    importance: Literal["none", "truncate", "mask"] = "none"
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    importance_low: float = 0.5
+    importance_high: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +197,7 @@ class RolloutConfig:
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it is installed
     groups: int = 16  # games per iteration, over all ranks
     group_size: int = 8  # episodes per game
+    redraws: int = 0  # how often a group whose episodes all have the same return is replaced by another game's (DAPO)
     temperature: float = 1.0
     max_prompt_tokens: int = 2048  # a longer prompt drops its oldest history first
     max_response_tokens: int = 512
@@ -214,6 +238,7 @@ class GuidelinesConfig:
 class TrainConfig:
     iterations: int = 200
     lr: float = 1e-6
+    critic_lr: float = 1e-5  # of PPO's value model
     warmup: int = 0  # iterations of linear warm-up
     schedule: Literal["constant", "linear"] = "constant"  # linear: falls by iterations' share, to 0 after the last one
     weight_decay: float = 0.01
@@ -260,7 +285,8 @@ class Config:
     name: str = "run"  # the run's folder is runs/<name>
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    prompt_style: Literal["think"] = "think"  # which reasoning block the reply must open with
+    # which reasoning block the reply must open with: <think>, or one of RLVMR's four, with the plan kept in the prompt
+    prompt_style: Literal["think", "rlvmr"] = "think"
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
@@ -344,15 +370,14 @@ def check(config: Config) -> None:
     for key, value in positive.items():
         if value <= 0:
             raise ConfigError(f"{key} is {value}; it must be positive")
-    if config.algo.advantage in ("grpo", "gigpo") and config.rollout.group_size < 2:
-        raise ConfigError("rollout.group_size is 1; a group-relative advantage needs at least 2 episodes per game")
-    if config.algo.dual_clip is not None and config.algo.dual_clip <= 1:
-        raise ConfigError(f"algo.dual_clip is {config.algo.dual_clip}; it bounds a ratio and must be above 1, or null")
+    check_algo(config)
     not_negative = {
         "env.history": config.env.history,
         "eval.games": config.eval.games,  # 0: all
         "eval.temperature": config.eval.temperature,
+        "rollout.redraws": config.rollout.redraws,
         "train.lr": config.train.lr,
+        "train.critic_lr": config.train.critic_lr,
         "train.eval_every": config.train.eval_every,
         "sft.lr": config.sft.lr,
         "guidelines.every": config.guidelines.every,
@@ -377,6 +402,35 @@ def check(config: Config) -> None:
         raise ConfigError("sft.noise, sft.idle and sft.variant=reading are made of ALFWorld's actions; leave them out")
     if config.guidelines.every and not config.judge.enabled:
         raise ConfigError("guidelines.every needs judge.enabled=true: golden rules are distilled from critiques")
+
+
+def check_algo(config: Config) -> None:
+    """Constraints of the method. Raises ConfigError."""
+    algo, relative = config.algo, config.algo.advantage != "ppo"
+    if relative and config.rollout.group_size < 2:
+        raise ConfigError("rollout.group_size is 1; a group-relative advantage needs at least 2 episodes per game")
+    if config.rollout.redraws and config.rollout.group_size < 2:
+        raise ConfigError("rollout.redraws compares the episodes of a game; it needs rollout.group_size=2 or more")
+    if algo.advantage == "rlvmr" and config.prompt_style != "rlvmr":
+        raise ConfigError("algo.advantage=rlvmr rewards the tags of prompt_style=rlvmr; set that, too")
+    if algo.nthr and not relative:
+        raise ConfigError("algo.nthr contrasts the episodes of a group; algo.advantage=ppo has none")
+    if algo.importance != "none" and config.train.old_logprobs == "engine":
+        raise ConfigError("algo.importance compares engine and trainer; it needs train.old_logprobs=trainer")
+    if algo.dual_clip is not None and algo.dual_clip <= 1:
+        raise ConfigError(f"algo.dual_clip is {algo.dual_clip}; it bounds a ratio and must be above 1, or null")
+    shares = {"algo.similarity": algo.similarity, "algo.clip_low": algo.clip_low}
+    shares |= {"algo.gamma": algo.gamma, "algo.token_gamma": algo.token_gamma, "algo.token_lambda": algo.token_lambda}
+    for key, value in shares.items():
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{key} is {value}; it must be between 0 and 1")
+    for key in ("clip_high", "value_clip", "overlong_penalty", "kl", "entropy", "step_weight", "invalid_penalty"):
+        if getattr(algo, key) < 0:
+            raise ConfigError(f"algo.{key} is {getattr(algo, key)}; it must not be negative")
+    if not 0 <= algo.importance_low <= 1 <= algo.importance_high:
+        raise ConfigError("algo.importance_low and importance_high must enclose 1, the ratio of equal log-probs")
+    if not 0 <= algo.overlong_cache < config.rollout.max_response_tokens:
+        raise ConfigError(f"algo.overlong_cache={algo.overlong_cache} must be less than rollout.max_response_tokens")
 
 
 def check_world(config: Config, world: int) -> None:

@@ -121,7 +121,7 @@ def evaluate_levels(
                 mine,
                 config,
                 iteration=EVALUATION,
-                first_group=share.start,
+                groups=range(share.start, share.stop),
                 members=config.eval.seeds,
                 temperature=config.eval.temperature,
                 suggestions=rules,

@@ -23,7 +23,7 @@ import envs
 import games
 import prompts
 from config import Config, EnvConfig, GuidelinesConfig
-from rollout import Engine, Episode, Sampling, Step, stable_seed
+from rollout import Engine, Episode, Sampling, Step, cut_off, stable_seed
 
 
 def label(episode: Episode) -> list[int | None]:
@@ -223,6 +223,7 @@ def ask(engine: Engine, questions: Sequence[Question], config: Config, iteration
                 available=True,
                 reward=judge_reward(critique, question.step.label),
                 tag="judge",
+                truncated=cut_off(engine.actor, sample),
             )
         )
 

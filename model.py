@@ -1,4 +1,4 @@
-"""The actor: load or build a model and tokenizer, log-probs of sampled tokens, optimizer, checkpoints.
+"""The actor and PPO's critic: load or build a model and tokenizer, log-probs of sampled tokens, optimizer, checkpoints.
 
 A "row" is one prompt and one response, as token ids.  Log-probs are computed on response tokens only: the backbone runs
 over the whole row, the lm_head on the positions that predict a response token, in chunks that are recomputed in the
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,13 @@ import torch
 import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 from transformers.utils import logging as hf_logging
 
 import prompts
@@ -113,16 +119,26 @@ def sum_gradients(model: torch.nn.Module) -> None:
         gradient.copy_(total)
 
 
+def gather(items: list) -> list:
+    """The ranks' lists end to end, on every rank."""
+    if dist.get_world_size() == 1:
+        return items
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def total(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Sums by key."""
+    return {key: sum(record.get(key, 0) for record in records) for key in sorted({key for r in records for key in r})}
+
+
 def load_actor(config: Config, corpus: Sequence[str] = (), path: str = "") -> Actor:
     """The actor of `path` (default: config.model.path), in evaluation mode.
 
     "tiny" builds one from scratch (tokenizer trained on `corpus`, weights from config.seed); anything else is a
     Hugging Face id or folder. Raises ConfigError if it cannot be found.
     """
-    device = pick_device(config)
-    on_cuda = device.type == "cuda"
-    auto = "bfloat16" if on_cuda else "float32"
-    dtype = getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
     path = path or config.model.path
     if path == "tiny":
         model, tokenizer = build_tiny(config, corpus)
@@ -135,6 +151,37 @@ def load_actor(config: Config, corpus: Sequence[str] = (), path: str = "") -> Ac
             )
         except OSError as error:  # for instance a hub id without a network
             raise ConfigError(f"no model at {path}: {' '.join(str(error).split())}") from None
+    return _place(config, model, tokenizer)
+
+
+def load_critic(config: Config, actor: Actor, path: str) -> Actor:
+    """PPO's critic: the model of `path` with a scalar head in the lm_head's place, in evaluation mode.
+
+    The head of a language model's checkpoint starts at 0: the first values are 0, the same on every rank.
+    """
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # it would tell that the head is new
+    model, report = AutoModelForTokenClassification.from_pretrained(
+        path,
+        dtype=torch.float32,
+        attn_implementation=config.model.attention,
+        num_labels=1,
+        classifier_dropout=0.0,
+        output_loading_info=True,
+    )
+    hf_logging.set_verbosity(verbosity)
+    if report["missing_keys"]:
+        torch.nn.init.zeros_(model.score.weight)
+        torch.nn.init.zeros_(model.score.bias)
+    return _place(config, model, actor.tokenizer)
+
+
+def _place(config: Config, model: torch.nn.Module, tokenizer: Any) -> Actor:
+    """The model on this rank's device, in evaluation mode."""
+    device = pick_device(config)
+    on_cuda = device.type == "cuda"
+    auto = "bfloat16" if on_cuda else "float32"
+    dtype = getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return Actor(model.to(device).eval(), tokenizer, device, dtype, packed=on_cuda)
@@ -279,17 +326,32 @@ def build_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFas
 
 @dataclass
 class Row:
-    """One prompt and response to train on, with what the loss needs; `response_ids` are the sampled tokens."""
+    """One prompt and response to train on, with what the loss needs; `response_ids` are the sampled tokens [T]."""
 
     prompt_ids: np.ndarray
     response_ids: np.ndarray
-    logprobs: np.ndarray | None = None  # the engine's, at sampling time
-    advantage: float = 0.0
+    logprobs: np.ndarray | None = None  # [T] the engine's, at sampling time
+    advantage: float | np.ndarray = 0.0  # of all its tokens, or [T]
     judge: bool = False  # a critique (L_GCD) rather than an action (L_GRPO)
+    won: bool = False  # its episode was
+    trajectory: int = -1  # its episode
+    group: int = -1  # the rows that NTHR contrasts it with
+    truncated: bool = False  # the reply was cut off at its limit of tokens
+    weakened: int = 0  # tokens whose advantage NTHR changed
+    old_logprobs: np.ndarray | None = None  # [T] what the policy's ratio is taken against
+    ref_logprobs: np.ndarray | None = None  # [T] the initial model's
+    weights: np.ndarray | None = None  # [T] factors on the loss; 0: in no denominator either. None: all 1
+    values: np.ndarray | None = None  # [T] the critic's before the update (PPO)
+    returns: np.ndarray | None = None  # [T] what they are trained towards
 
     @property
     def tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def counted(self) -> int:
+        """Response tokens in the loss's denominators."""
+        return len(self.response_ids) if self.weights is None else int((self.weights > 0).sum())
 
 
 def micro_batches(rows: Sequence[Row], max_tokens: int, packed: bool) -> list[list[int]]:
@@ -324,6 +386,12 @@ def token_logprobs(
     The logits are divided by `temperature`, as the engine's were when it sampled. Entropies cost time, and with a
     gradient memory, so "none" (zeros) leaves them out.
     """
+    hidden_TH, target_T = last_hidden(actor, rows)  # [T, H], [T]
+    return head_logprobs(actor, hidden_TH, target_T, temperature, entropy)
+
+
+def last_hidden(actor: Actor, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the head is given where each response token of `rows` is predicted, and the tokens: [T, H], int64 [T]."""
     model, device, packed = actor.model, actor.device, actor.packed
     lengths = [row.tokens for row in rows]
     width = sum(lengths) if packed else max(lengths)
@@ -340,10 +408,21 @@ def token_logprobs(
     input_ids = torch.from_numpy(ids.reshape(shape)).to(device)  # [1, T] or [B, L]
     position_ids = torch.from_numpy(position.reshape(shape)).to(device) if packed else None
     with actor.autocast():
-        hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    hidden_T = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(source)).to(device)]  # [T, H]
+        hidden = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    hidden_TH = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(source)).to(device)]  # [T, H]
     target_T = torch.from_numpy(np.concatenate(target).astype(np.int64)).to(device)  # [T]
-    head = model.get_output_embeddings()
+    return hidden_TH, target_T
+
+
+def head_logprobs(
+    actor: Actor,
+    hidden_TH: torch.Tensor,
+    target_T: torch.Tensor,
+    temperature: float,
+    entropy: Literal["none", "value", "gradient"] = "none",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second half of token_logprobs: from hidden states to log-probs and entropies, two float32 tensors [T]."""
+    head = actor.model.get_output_embeddings()
 
     def score(hidden_C: torch.Tensor, target_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with actor.autocast():
@@ -356,21 +435,53 @@ def token_logprobs(
             return logp_C, total_C - (logits_CV.softmax(-1) * logits_CV).sum(-1)
 
     parts = []
-    for hidden_C, target_C in zip(hidden_T.split(LOGIT_CHUNK), target_T.split(LOGIT_CHUNK), strict=True):
-        recompute = torch.is_grad_enabled() and len(hidden_T) > LOGIT_CHUNK
+    for hidden_C, target_C in zip(hidden_TH.split(LOGIT_CHUNK), target_T.split(LOGIT_CHUNK), strict=True):
+        recompute = torch.is_grad_enabled() and len(hidden_TH) > LOGIT_CHUNK
         part = checkpoint(score, hidden_C, target_C, use_reentrant=False) if recompute else score(hidden_C, target_C)
         parts.append(part)
     logps, entropies = zip(*parts, strict=True)  # not `entropy`: score() reads that again in the backward pass
     return torch.cat(logps), torch.cat(entropies)
 
 
+def token_values(critic: Actor, rows: Sequence[Row]) -> torch.Tensor:
+    """The critic's value where each response token of `rows` is predicted, in units of reward: float32 [T]."""
+    hidden_TH, _ = last_hidden(critic, rows)  # [T, H]
+    with critic.autocast():
+        return critic.model.score(hidden_TH)[:, 0].float()  # [T]
+
+
+def output_errors(
+    actor: Actor, hidden_TH: torch.Tensor, target_T: torch.Tensor, logp_T: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """One-hot of each token minus the policy's probabilities, over the tokens that occur in target_T: [T, V], float32.
+
+    The probabilities are the whole vocabulary's, not renormalised: logp_T gives their denominator.
+    """
+    head = actor.model.get_output_embeddings()
+    vocabulary, index_T = target_T.unique(return_inverse=True)  # [V], [T]
+    logit_TV = hidden_TH.float() @ head.weight[vocabulary].float().T / temperature  # [T, V]
+    total_T = logit_TV.gather(1, index_T[:, None])[:, 0] - logp_T  # [T] log of the softmax's denominator
+    one_hot_TV = torch.nn.functional.one_hot(index_T, len(vocabulary))  # [T, V]
+    return one_hot_TV - (logit_TV - total_T[:, None]).exp()  # [T, V]
+
+
 @torch.no_grad()
 def all_logprobs(actor: Actor, rows: Sequence[Row], max_tokens: int, temperature: float) -> list[np.ndarray]:
     """Log-probs of every row's response tokens without gradient: a list of float32 arrays, in the order of `rows`."""
+    return _by_row(actor, rows, max_tokens, lambda part: token_logprobs(actor, part, temperature)[0])
+
+
+@torch.no_grad()
+def all_values(critic: Actor, rows: Sequence[Row], max_tokens: int) -> list[np.ndarray]:
+    """token_values of every row without gradient: a list of float32 arrays, in the order of `rows`."""
+    return _by_row(critic, rows, max_tokens, lambda part: token_values(critic, part))
+
+
+def _by_row(actor: Actor, rows: Sequence[Row], max_tokens: int, compute: Callable) -> list[np.ndarray]:
     result: list[Any] = [None] * len(rows)
     for group in micro_batches(rows, max_tokens, actor.packed):
-        logp_T, _ = token_logprobs(actor, [rows[index] for index in group], temperature)
-        for index, part in zip(group, logp_T.split([len(rows[index].response_ids) for index in group]), strict=True):
+        value_T = compute([rows[index] for index in group])  # [T]
+        for index, part in zip(group, value_T.split([len(rows[index].response_ids) for index in group]), strict=True):
             result[index] = part.float().cpu().numpy()
     return result
 
@@ -390,11 +501,16 @@ def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float, betas
 
 
 def save_model(
-    actor: Actor, folder: Path, extra: dict[str, Any] | None = None, state: dict[str, Any] | None = None
+    actor: Actor,
+    folder: Path,
+    extra: dict[str, Any] | None = None,
+    state: dict[str, Any] | None = None,
+    critic: Actor | None = None,
 ) -> None:
     """Write a Hugging Face folder that transformers and vLLM load as it is, all of it or nothing.
 
-    `extra` maps file names to JSON content; `state` (optimizer, iteration, ...) goes to trainer/state.pt.
+    `extra` maps file names to JSON content; `state` (optimizer, iteration, ...) goes to trainer/state.pt, PPO's critic
+    to trainer/critic/.
     """
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -406,6 +522,8 @@ def save_model(
     if state is not None:
         (temporary / "trainer").mkdir()
         torch.save(state, temporary / "trainer" / "state.pt")
+        if critic:
+            critic.model.save_pretrained(temporary / "trainer" / "critic")
     replaced = folder.with_name(folder.name + ".replaced")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)

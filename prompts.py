@@ -7,7 +7,8 @@ Departures from the paper: typographical slips are mended ("observaitons", misma
 are left out where there are no guidelines, and the history sentences at the first step, where there is no history; the
 golden rule is asked for inside <rule> tags, because the paper does not say how it is read out of the answer.
 ScienceWorld's available actions are its templates and the objects in reach, as published, without the example action,
-which models come to repeat.
+which models come to repeat.  The "rlvmr" style is RLVMR's in our own words: one of four reasoning tags opens the reply,
+the latest plan and replies stand in the prompt; its sheet of action syntax is left out, since the actions are listed.
 """
 
 from __future__ import annotations
@@ -27,10 +28,20 @@ HISTORY = (
     "You are now at step {current_step} and your current observation is: {observation}\n"
 )
 FIRST_STEP = "Your current observation is: {observation}\n"
-REPLY_FORMAT = (
-    "This reasoning process MUST be enclosed within <think> </think> tags. Once you've finished your reasoning, you "
-    "should choose {choice} and present it within <action> </action> tags."
-)
+REPLY_FORMAT = {  # by prompt style
+    "think": "This reasoning process MUST be enclosed within <think> </think> tags. Once you've finished your "
+    "reasoning, you should choose {choice} and present it within <action> </action> tags.",
+    "rlvmr": "This reasoning process MUST be enclosed within one pair of tags, the one that fits the situation:\n"
+    "<planning> </planning>: set up or revise the overall plan, the subgoals in their order;\n"
+    "<explore> </explore>: think of what is not known yet, and of an action not tried before that can reveal it;\n"
+    "<reflection> </reflection>: find out why the last action failed, and what to do instead;\n"
+    "<monitor> </monitor>: check the progress against the plan, and go on with its next subgoal.\n"
+    "Once you've finished your reasoning, you should choose {choice} and present it within <action> </action> tags.",
+}
+REASONING = {"think": ("think",), "rlvmr": ("planning", "explore", "reflection", "monitor")}  # tags by prompt style
+PLAN = "Your overall plan: {plan}\n"
+REPLIES = "Your latest replies, oldest first:\n{replies}\n"
+PLAN_CHARS, REPLIES_SHOWN = 600, 3  # of the plan and the replies in a prompt of the rlvmr style
 
 ACTOR = {  # how the prompt opens, how the task is told, how the prompt closes
     "alfworld": (
@@ -38,7 +49,7 @@ ACTOR = {  # how the prompt opens, how the task is told, how the prompt closes
         "",
         "Your admissible actions of the current situation are: [{actions}].\n"
         "Now it's your turn to take an action. You should first reason step-by-step{guided} about the current "
-        "situation. " + REPLY_FORMAT.replace("{choice}", "an admissible action for current step"),
+        "situation. {reply_format}",
     ),
     "scienceworld": (
         "You are an expert agent operating in the ScienceWorld environment, which is a text-based virtual environment "
@@ -46,8 +57,12 @@ ACTOR = {  # how the prompt opens, how the task is told, how the prompt closes
         "Your current task is: {task}\n",
         "Here are the actions you may take:\nCurrent available actions: [{actions}], where OBJ is one of the objects "
         "[{objects}].\nNow it's your turn to take an action. You should first reason step-by-step about the current "
-        "situation. " + REPLY_FORMAT.replace("{choice}", "an appropriate action for the current step"),
+        "situation. {reply_format}",
     ),
+}
+CHOICE = {
+    "alfworld": "an admissible action for current step",
+    "scienceworld": "an appropriate action for the current step",
 }
 
 CRITIC = """\
@@ -111,7 +126,7 @@ THEME: {theme}
 ADVICE LIST:
 {advice}"""
 
-TAGS = ("think", "action", "answer", "advise", "rule")
+TAGS = ("think", "action", "answer", "advise", "rule", *REASONING["rlvmr"])
 _TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>", re.IGNORECASE | re.ASCII)  # ASCII: a dotless i is no i
 _VERDICT = re.compile(r"\s*(?:\\?boxed\s*\{\s*([01])\s*\}|([01]))\s*\.?\s*")
 _IDEOGRAPH = re.compile("[\u4e00-\u9fff]")
@@ -146,11 +161,15 @@ def build_prompt(
     step: int = 0,
     suggestions: Sequence[str] = (),
     objects: Sequence[str] = (),
+    style: str = "think",
+    plan: str = "",
+    replies: Sequence[str] = (),
 ) -> str:
     """The actor's prompt at `step` (from 0): `history` holds the latest (observation, action) pairs, oldest first;
-    `objects` are what the "OBJ" of ScienceWorld's actions can stand for.
+    `objects` are what the "OBJ" of ScienceWorld's actions can stand for; `plan` and the latest `replies` are shown in
+    the "rlvmr" style alone.
 
-    Source: paper, Appendix A.4.
+    Source: paper, Appendix A.4; RLVMR for its style.
     """
     opening, told, closing = ACTOR[env]
     parts = [opening.format(task=task)]
@@ -174,9 +193,27 @@ def build_prompt(
         )
     else:
         parts.append(FIRST_STEP.format(observation=observation))
-    listed = {"actions": "\n ".join(f"'{action}'" for action in actions), "objects": ", ".join(objects)}
-    parts.append(closing.format(guided=" based on the guideline" if suggestions else "", **listed))
+    if style == "rlvmr":
+        parts.append(PLAN.format(plan=plain(plan, PLAN_CHARS) or "No plan."))
+        if replies:
+            parts.append(REPLIES.format(replies="\n".join(inert(reply) for reply in replies)))
+    parts.append(
+        closing.format(
+            actions="\n ".join(f"'{action}'" for action in actions),
+            objects=", ".join(objects),
+            guided=" based on the guideline" if suggestions else "",
+            reply_format=REPLY_FORMAT[style].format(choice=CHOICE[env]),
+        )
+    )
     return "".join(parts)
+
+
+def memory(replies: Sequence[Reply], texts: Sequence[str], style: str) -> dict[str, Any]:
+    """What build_prompt shows of an episode's replies so far in this style: the latest plan, the latest texts."""
+    if style != "rlvmr":
+        return {"style": style}
+    plans = (reply.thought for reply in reversed(replies) if reply.tag == "planning" and reply.thought)
+    return {"style": style, "plan": next(plans, ""), "replies": tuple(texts[-REPLIES_SHOWN:])}
 
 
 def fit_prompt(
@@ -184,16 +221,19 @@ def fit_prompt(
     max_tokens: int,
     history: Sequence[tuple[str, str]] = (),
     suggestions: Sequence[str] = (),
+    replies: Sequence[str] = (),
     **fields: Any,
 ) -> tuple[str, list[int]]:
-    """(text, token ids) of build_prompt, within `max_tokens`: without its oldest history, then its last guidelines.
+    """(text, token ids) of build_prompt, within `max_tokens`: without its oldest replies, then its oldest history, then
+    its last guidelines.
 
     Raises ValueError if the prompt is too long without any: task, observation and actions are never cut.
     """
-    kept = [(history[dropped:], suggestions) for dropped in range(len(history) + 1)]
-    kept += [((), suggestions[:count]) for count in reversed(range(len(suggestions)))]
-    for past, rules in kept:
-        text = build_prompt(history=past, suggestions=rules, **fields)
+    kept = [(replies[dropped:], history, suggestions) for dropped in range(len(replies))]
+    kept += [((), history[dropped:], suggestions) for dropped in range(len(history) + 1)]
+    kept += [((), (), suggestions[:count]) for count in reversed(range(len(suggestions)))]
+    for said, past, rules in kept:
+        text = build_prompt(replies=said, history=past, suggestions=rules, **fields)
         ids = encode(text)
         if len(ids) <= max_tokens:
             return text, ids
@@ -215,19 +255,21 @@ def build_rule_prompt(theme: str, advice: Sequence[str]) -> str:
 
 
 def parse_reply(text: str, style: str = "think", env: str = "alfworld") -> Reply:
-    """Read an actor's reply: valid iff exactly one reasoning block, then exactly one non-empty action block.
+    """Read an actor's reply: valid iff exactly one reasoning block of the style, then exactly one non-empty action.
 
     Tags may be in any case; a CJK ideograph anywhere makes the reply invalid. The action of an invalid reply is its
-    first action block if it has one, else empty (which every environment answers with its "nothing happens"). ALFWorld
-    actions are lower-cased, as its published parser does.
+    first action block if it has one, else empty (which every environment answers with its "nothing happens"); its tag
+    is "none". ALFWorld actions are lower-cased, as its published parser does.
     """
-    if style != "think":
+    if style not in REASONING:
         raise ValueError(f"unknown prompt style {style!r}")
-    tags, blocks = _scan(text, ("think", "action"))
+    tags, blocks = _scan(text, (*REASONING[style], "action"))
     action = " ".join(blocks.get("action", [""])[0].split())
     action = action.lower() if env == "alfworld" else action
-    valid = tags == ["think", "/think", "action", "/action"] and bool(action) and not _IDEOGRAPH.search(text)
-    return Reply(action=action, valid=valid, tag="think", thought=blocks.get("think", [""])[0].strip())
+    tag = tags[0] if tags and tags[0] in REASONING[style] else "none"
+    valid = tags == [tag, f"/{tag}", "action", "/action"] and bool(action) and not _IDEOGRAPH.search(text)
+    thought = blocks.get(tag, [""])[0].strip()
+    return Reply(action=action, valid=valid, tag=tag if valid else "none", thought=thought)
 
 
 def parse_critique(text: str) -> Critique:
@@ -282,7 +324,7 @@ def boilerplate() -> list[str]:
     """The fixed passages of all templates, longest first: a tiny tokenizer makes each of them one token."""
     critic = CRITIC.replace("{{", "\0").replace("}}", "\1")
     actor = [part for pair in ACTOR.values() for part in pair]
-    templates = [GUIDELINES, HISTORY, FIRST_STEP, critic, GOLDEN_RULE, *actor]
+    templates = [GUIDELINES, HISTORY, FIRST_STEP, PLAN, REPLIES, critic, GOLDEN_RULE, *actor, *REPLY_FORMAT.values()]
     pieces = {piece.replace("\0", "{").replace("\1", "}") for text in templates for piece in re.split(r"\{\w+\}", text)}
-    pieces |= {text for pair in CRITIC_SETTING.values() for text in pair}
+    pieces |= {text for pair in CRITIC_SETTING.values() for text in pair} | set(CHOICE.values())
     return sorted((piece for piece in pieces if len(piece) > 12), key=len, reverse=True)

@@ -68,6 +68,7 @@ class Step:
     label: int | None = None  # GCD: 1 good, 0 flawed
     label_source: str = ""
     gain: float = 0.0  # by which the action changed the environment's score
+    truncated: bool = False  # the reply was cut off at its limit of tokens
 
 
 @dataclass
@@ -89,6 +90,11 @@ class Episode:
                 for key in ("prompt", "prompt_ids", "response_ids", "logprobs"):
                     del step[key]
         return record
+
+
+def cut_off(actor: Actor, sample: Sample) -> bool:
+    """Whether a reply ended at its limit of tokens instead of at the end of the turn."""
+    return not sample.ids or sample.ids[-1] != actor.tokenizer.eos_token_id
 
 
 def stable_seed(*key: int) -> int:
@@ -350,6 +356,7 @@ class Play:
     prompt_ids: list[int] = field(default_factory=list)
     sample: Sample | None = None
     response: str = ""
+    truncated: bool = False
     reply: prompts.Reply | None = None
 
     def ask(self, actor: Actor, config: Config, suggestions: Sequence[str] = ()) -> None:
@@ -367,6 +374,7 @@ class Play:
             history=[(step.observation, step.action) for step in recent],
             step=len(steps),
             suggestions=suggestions,
+            **prompts.memory(steps, [step.response for step in steps], config.prompt_style),
         )
 
     def sampling(self, config: Config, iteration: int, temperature: float) -> Sampling:
@@ -377,6 +385,7 @@ class Play:
     def hear(self, actor: Actor, config: Config, sample: Sample) -> str:
         """Take in the model's reply; the action that the environment is to carry out."""
         self.sample, self.response = sample, actor.decode(sample.ids)
+        self.truncated = cut_off(actor, sample)
         self.reply = prompts.parse_reply(self.response, config.prompt_style, config.env.name)
         return self.reply.action
 
@@ -405,6 +414,7 @@ class Play:
             gain=after.score - self.observation.score,
             tag=self.reply.tag,
             thought=self.reply.thought,
+            truncated=self.truncated,
         )
 
 
@@ -415,7 +425,7 @@ def collect(
     config: Config,
     *,
     iteration: int = 0,
-    first_group: int = 0,
+    groups: Sequence[int] | None = None,
     members: int | None = None,
     temperature: float | None = None,
     suggestions: Sequence[str] = (),
@@ -424,8 +434,9 @@ def collect(
 ) -> list[Episode]:
     """Play every task `members` times (default: rollout.group_size); the episodes by group, then member.
 
-    `envs` are as many episodes as may be in flight at once. `first_group` numbers the groups across ranks. `counts`
-    receives "restarted" and "discarded" episodes. Raises ValueError if a prompt without history exceeds the limit.
+    `envs` are as many episodes as may be in flight at once. `groups` are the tasks' ids, on which the sampling seeds
+    depend (default: from 0). `counts` receives "restarted" and "discarded" episodes. Raises ValueError if a prompt
+    without history exceeds the limit.
     """
     collector = _Collector(
         engine,
@@ -440,8 +451,8 @@ def collect(
     )
     members = config.rollout.group_size if members is None else members
     return collector.run(
-        Episode(task, first_group + index, member, weights_version=iteration)
-        for index, task in enumerate(tasks)
+        Episode(task, group, member, weights_version=iteration)
+        for group, task in zip(range(len(tasks)) if groups is None else groups, tasks, strict=True)
         for member in range(members)
     )
 

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from envs import RECEPTACLE_TYPES
+from sciworld import REFUSALS
 
 TASK_FORMS = (  # ALFWorld's task sentences -> what is needed, in which state, and where it must go
     r"(?:look at|examine the) (?P<object>\w+) (?:under|with) the (?P<place>\w+)",
@@ -49,9 +50,31 @@ class Situation:
     objects: tuple[str, ...] = ()
 
 
-def reply(at: Situation, action: str) -> str:
-    """An actor's whole reply, in the form prompts.parse_reply reads."""
-    return f"<think>{thought(at, action)}</think><action>{action}</action>"
+def reply(at: Situation, action: str, style: str = "think") -> str:
+    """An actor's whole reply, in the form prompts.parse_reply reads in this style."""
+    tag = _tag(at, action) if style == "rlvmr" else "think"
+    text = f"{_plan(at)} {thought(at, action)}" if tag == "planning" else thought(at, action)
+    return f"<{tag}>{text}</{tag}><action>{action}</action>"
+
+
+def _tag(at: Situation, action: str) -> str:
+    """RLVMR's tag: a plan first, reflection after a refusal, exploration where the action shows something new."""
+    if at.step == 0:
+        return "planning"
+    if at.observation.startswith(("Nothing happens", *REFUSALS)):
+        return "reflection"
+    return "explore" if action.startswith(("go ", "open ", "teleport ", "look", "focus ")) else "monitor"
+
+
+def _plan(at: Situation) -> str:
+    """The subgoals, in one sentence. Example: "Plan: find mug, make it clean, bring it to shelf."."""
+    if at.env == "scienceworld":
+        return f"Plan: {_goal(at)}."
+    asked = need(at)
+    state = asked.groupdict().get("state")
+    kind = f"two {asked['object']}" if state == "two" else asked["object"]
+    change = f" make it {STATE[state]}," if state not in ("two", None) else ""
+    return f"Plan: find {kind},{change} bring it to {asked['place']}."
 
 
 def thought(at: Situation, action: str) -> str:
@@ -139,9 +162,12 @@ def scienceworld_thought(at: Situation, action: str) -> str:
 
     Example: "My task is to boil water. Last I did go kitchen, and: You move to the kitchen. Now I should look around."
     """
-    goal = at.task.removeprefix("Your task is to ").split(". ")[0].rstrip(".")
     last = f"Last I did {at.history[-1][1]}, and: {_first_sentence(at.observation)}" if at.history else "I begin."
-    return f"My task is to {goal}. {last} Now I should {action}."
+    return f"My task is to {_goal(at)}. {last} Now I should {action}."
+
+
+def _goal(at: Situation) -> str:
+    return at.task.removeprefix("Your task is to ").split(". ")[0].rstrip(".")
 
 
 def _first_sentence(text: str) -> str:

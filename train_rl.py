@@ -5,27 +5,22 @@
     python train_rl.py configs/quickstart.yaml --dry-run
 
 Every iteration: sample tasks, collect episodes, label some steps and ask the actor to judge them, turn both into
-advantages, update on L = L_GRPO + judge.weight L_GCD (paper, equation 3), give the engine the new weights, evaluate,
-log, save. Each rank plays whole groups with an engine of its own; then every rank sees every row, and each mini-batch
-is dealt out to the ranks by tokens.  The same command resumes a run from its last checkpoint.
+advantages, score them with the models as they are, update on L = L_GRPO + judge.weight L_GCD (paper, equation 3), give
+the engine the new weights, evaluate, log, save.  Each rank plays whole groups with an engine of its own; then every
+rank sees every row, and each mini-batch is dealt out to the ranks by tokens.  The same command resumes a run from its
+last checkpoint.
 
-Departures from published code: no row is deleted or duplicated to make a batch divide, since mini-batches are weighted
-by their tokens; means are over the tokens of the whole mini-batch, not of a micro-batch; an episode left alone in its
-group gets no advantage instead of its raw score; a row whose loss is exactly 0 (zero advantage, no KL) is counted and
-not computed.
+Departures from published code: mini-batches are weighted by their tokens, so no row is deleted or duplicated; means are
+over the tokens of the whole mini-batch, not of a micro-batch; a row whose loss is exactly 0 (zero advantage, no KL) is
+counted and not computed; groups of equal returns are drawn again one by one, not by the batch.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import random
-import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 import config as configuration  # before torch: it sets the number of threads
 
@@ -34,42 +29,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 import envs
 import judge
 import losses
-from config import Config, ConfigError
+from config import Config
 from evaluate import evaluate_levels
 from model import (
     Actor,
     Row,
     all_logprobs,
+    all_values,
+    gather,
+    head_logprobs,
     join_ranks,
+    last_hidden,
     load_actor,
+    load_critic,
     make_optimizer,
     micro_batches,
-    point_latest,
-    save_model,
+    output_errors,
     sum_gradients,
     token_logprobs,
+    token_values,
+    total,
 )
-from rollout import Episode, canary, collect, make_engine, sync
-
-FREE_TO_CHANGE = {  # when a run goes on: what does not change the training, or is the cure of what ended it
-    "train.iterations",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.eval_every",
-    "eval",
-    "env.machines",
-    "env.machine_heap_mib",
-    "rollout.max_prompt_tokens",
-    "rollout.concurrency",
-    "rollout.kv_cache_gib",
-    "rollout.gpu_memory_utilization",
-    "rollout.canary_bound",
-}
+from records import Clock, Log, critic_folder, find_checkpoint, rollout_metrics, row_metrics, save_checkpoint
+from rollout import Engine, Episode, canary, collect, make_engine, sync
+from rows import actor_rows, add_critic, has_gradient, judge_rows, mini_batches, needs_score, weigh
 
 
 def main() -> None:
@@ -92,9 +79,14 @@ def train(config: Config) -> None:
     folder = str(checkpoint or config.model.path)
     actor = load_actor(config, path=folder)
     reference = load_actor(config) if config.algo.kl > 0 else None  # the initial model, also after a resume
-    optimizer = make_optimizer(actor.model, config.train.lr, config.train.weight_decay, config.train.betas)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
+    critic = load_critic(config, actor, critic_folder(folder)) if config.algo.advantage == "ppo" else None
+    optimizers = [
+        make_optimizer(one.model, lr, config.train.weight_decay, config.train.betas)
+        for one, lr in ((actor, config.train.lr), (critic, config.train.critic_lr))
+        if one
+    ]
+    for optimizer, kept in zip(optimizers, state["optimizers"] if state else (), strict=bool(state)):
+        optimizer.load_state_dict(kept)
     start, advice, rules = (state[key] for key in ("iteration", "advice", "rules")) if state else (0, [], [])
     engine = make_engine(config, actor, folder)
     own_groups, own_questions = config.rollout.groups // world, config.judge.questions // world
@@ -106,13 +98,13 @@ def train(config: Config) -> None:
         clock, counts, rng = Clock(), Counter(), random.Random(f"{config.seed} {iteration} {rank}")
 
         # ---- Sample tasks: the same for every world size; this rank plays its share of the groups
-        first = rank * own_groups
-        tasks = sample_tasks(train_tasks, config, iteration)[first : first + own_groups]
+        groups = range(rank * own_groups, (rank + 1) * own_groups)
+        tasks = dict(zip(groups, sample_tasks(train_tasks, config, iteration)[groups.start : groups.stop], strict=True))
 
-        # ---- Collect
+        # ---- Collect; groups that all won or all lost may be drawn again
         with clock("collect"):
-            play = {"iteration": iteration, "first_group": first, "suggestions": rules, "counts": counts}
-            episodes = collect(engine, pool, tasks, config, **play)
+            play = {"iteration": iteration, "suggestions": rules, "counts": counts}
+            episodes, passed_over = collect_groups(engine, pool, tasks, train_tasks, config, play)
 
         # ---- Label and ask (GCD)
         questions: list[judge.Question] = []
@@ -122,16 +114,25 @@ def train(config: Config) -> None:
                 questions = judge.pick(episodes, own_questions, rng)
                 judge.ask(engine, questions, config, iteration, first=rank * own_questions)
 
-        # ---- Advantages: groups are whole on their rank; then every rank gets to see every row
-        rows = gather(actor_rows(episodes, config) + judge_rows(questions, config))
-        episodes, questions = gather(episodes), gather(questions)
+        # ---- Advantages: groups are whole on their rank
+        rows = actor_rows(episodes, config) + judge_rows(questions, config)
+
+        # ---- Score: what the models say of the rows before the update; then every rank gets to see every row
+        with clock("score"):
+            score(actor, reference, critic, rows, config)
+        rows, questions = gather(rows), gather(questions)
+        if critic:
+            add_critic(rows, config)
+        episodes = gather(episodes + passed_over)
         metrics = rollout_metrics(episodes, total(gather([counts]))) | row_metrics(rows)
         if config.judge.enabled:
             metrics |= {f"judge/{key}": value for key, value in judge.judge_metrics(questions).items()}
 
         # ---- Update: L = L_GRPO + judge.weight L_GCD
         with clock("update"):
-            metrics |= update(actor, reference, optimizer, rows, config, iteration)
+            if critic:
+                metrics |= update_critic(critic, optimizers[1], rows, config, iteration)
+            metrics |= update(actor, optimizers[0], rows, config, iteration)
 
         # ---- Give the engine the new weights, and check that it has them
         with clock("sync"):
@@ -157,7 +158,7 @@ def train(config: Config) -> None:
         # ---- Save: last, so that a checkpoint never lacks its iteration's record
         if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == config.train.iterations:
             if rank == 0:
-                save_checkpoint(actor, optimizer, config, iteration + 1, advice, rules)
+                save_checkpoint(actor, critic, optimizers, config, iteration + 1, advice, rules)
             dist.barrier()
 
     if rank == 0:
@@ -190,142 +191,145 @@ def sample_tasks(tasks: Sequence[envs.Task], config: Config, iteration: int) -> 
     return picked
 
 
-def actor_rows(episodes: Sequence[Episode], config: Config) -> list[Row]:
-    """One row per action, with its advantage (also written to the step, for the record). Groups must be whole.
-
-    An episode left alone, the others of its group having been discarded, has nothing to be compared with and gets 0.
+def collect_groups(
+    engine: Engine,
+    pool: Sequence,
+    tasks: dict[int, envs.Task],
+    train_tasks: Sequence[envs.Task],
+    config: Config,
+    play: dict,
+) -> tuple[list[Episode], list[Episode]]:
+    """Play the tasks, by group; a group whose returns are all the same gives way to another game's, at most
+    rollout.redraws times. Returns the episodes to train on, and those passed over. The same for every world size.
     """
-    steps = [(episode, step) for episode in episodes for step in episode.steps]
-    if not steps:
-        return []
-    anchors: dict[tuple[int, str], int] = {}
-    trajectory_N = torch.tensor([episode.group * config.rollout.group_size + episode.member for episode, _ in steps])
-    reward_N = torch.tensor([step.reward for _, step in steps])  # [N]
-    strict = config.algo.invalid == "unavailable"
-    invalid_N = torch.tensor([float(not step.valid or (strict and not step.available)) for _, step in steps])  # [N]
-    batch = losses.RowBatch(
-        score_N=losses.scores(reward_N, trajectory_N, invalid_N, config.algo.invalid_penalty),
-        group_N=torch.tensor([episode.group for episode, _ in steps]),
-        trajectory_N=trajectory_N,
-        reward_N=reward_N,
-        invalid_N=invalid_N,
-        anchor_N=torch.tensor(
-            [anchors.setdefault((episode.group, step.observation), len(anchors)) for episode, step in steps]
-        ),
-    )
-    members = Counter(episode.group for episode in episodes)
-    for (episode, step), advantage in zip(steps, losses.advantages(batch, config.algo).tolist(), strict=True):
-        step.advantage = advantage if members[episode.group] > 1 else 0.0
-    return [_row(step, judge=False) for _, step in steps]
+    kept = collect(engine, pool, list(tasks.values()), config, groups=list(tasks), **play)
+    passed_over: list[Episode] = []
+    for attempt in range(1, config.rollout.redraws + 1):
+        returns = defaultdict(set)
+        for episode in kept:
+            returns[episode.group].add(sum(step.reward for step in episode.steps))
+        dull = [group for group, values in returns.items() if len(values) == 1]
+        if not dull:
+            break
+        games = {}
+        for group in dull:
+            place = group % config.rollout.groups
+            rng = random.Random(f"redraw {config.seed} {play['iteration']} {place} {attempt}")
+            games[place + attempt * config.rollout.groups] = rng.choice(train_tasks)
+        passed_over += [episode for episode in kept if episode.group in dull]
+        kept = [episode for episode in kept if episode.group not in dull]
+        kept += collect(engine, pool, list(games.values()), config, groups=list(games), **play)
+        play["counts"]["redrawn"] += len(dull)
+    return kept, passed_over
 
 
-def judge_rows(questions: Sequence[judge.Question], config: Config) -> list[Row]:
-    """One row per critique: its group is the judged step, its reward whether the verdict was right."""
-    answers = [(number, answer) for number, question in enumerate(questions) for answer in question.answers]
-    if not answers:
-        return []
-    reward_N = torch.tensor([answer.reward for _, answer in answers])  # [N]
-    question_N = torch.tensor([number for number, _ in answers])  # [N]
-    advantage_N = losses.judge_advantage(reward_N, question_N, config.algo)  # [N]
-    for (_, answer), advantage in zip(answers, advantage_N.tolist(), strict=True):
-        answer.advantage = advantage
-    return [_row(answer, judge=True) for _, answer in answers]
+@torch.no_grad()
+def score(actor: Actor, reference: Actor | None, critic: Actor | None, rows: Sequence[Row], config: Config) -> None:
+    """Write to this rank's rows what the models say before the update: the old policy's log-probs, the reference's, the
+    critic's values; from these the weights of tokens, and NTHR's change of advantages."""
+    budget, temperature = config.train.tokens_per_micro_batch, config.rollout.temperature
+    if config.algo.nthr:
+        contrast(actor, [row for row in rows if not row.judge], config)
+    scored = [row for row in rows if needs_score(row, config)]
+    if config.train.old_logprobs == "engine":
+        for row in scored:
+            row.old_logprobs = row.logprobs
+    todo = [row for row in scored if row.old_logprobs is None]
+    for row, logprobs in zip(todo, all_logprobs(actor, todo, budget, temperature), strict=True):
+        row.old_logprobs = logprobs
+    if reference:
+        for row, logprobs in zip(scored, all_logprobs(reference, scored, budget, temperature), strict=True):
+            row.ref_logprobs = logprobs
+    if critic:
+        acted = [row for row in rows if not row.judge]
+        for row, values in zip(acted, all_values(critic, acted, budget), strict=True):
+            row.values = values
+    weigh(rows, config)
 
 
-def _row(step, judge: bool) -> Row:
-    return Row(
-        np.array(step.prompt_ids, dtype=np.int32),
-        np.array(step.response_ids, dtype=np.int32),
-        np.array(step.logprobs, dtype=np.float32),
-        step.advantage,
-        judge,
-    )
+def contrast(actor: Actor, rows: Sequence[Row], config: Config) -> None:
+    """NTHR: weaken the advantage of those tokens of lost rows that pull the group's won rows along.
 
-
-def mini_batches(rows: Sequence[Row], config: Config, iteration: int, world: int) -> list[list[list[Row]]]:
-    """[mini-batch][rank] -> rows: every row once, actions and critiques spread evenly, ranks balanced by tokens.
-
-    The same for every rank, and the same mini-batches for every world size.
+    The pass that gives the old policy's log-probs gives its hidden states, too.
     """
-    rng = random.Random(f"mini-batches {config.seed} {iteration}")
-    kinds = [[row for row in rows if row.judge == judged] for judged in (False, True)]
-    number = max(1, -(-len(kinds[0]) // config.train.rows_per_update))
-    batches: list[list[Row]] = [[] for _ in range(number)]
-    for kind in kinds:
-        for place, row in enumerate(rng.sample(kind, len(kind))):
-            batches[place % number].append(row)
-    dealt = []
-    for batch in batches:
-        shares: list[list[Row]] = [[] for _ in range(world)]
-        load = [0] * world
-        for row in sorted(batch, key=lambda row: -row.tokens):
-            lightest = load.index(min(load))
-            shares[lightest].append(row)
-            load[lightest] += row.tokens
-        dealt.append(shares)
-    return dealt
+    algo, temperature = config.algo, config.rollout.temperature
+    groups: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.group].append(row)
+    for group in groups.values():
+        won = {row.trajectory: row.won for row in group}
+        if len(set(won.values())) < 2:
+            continue
+        batches = micro_batches(group, config.train.tokens_per_micro_batch, actor.packed)
+        parts = [last_hidden(actor, [group[index] for index in batch]) for batch in batches]
+        hidden_TH, target_T = (torch.cat(one) for one in zip(*parts, strict=True))  # [T, H], [T]
+        logp_T, _ = head_logprobs(actor, hidden_TH, target_T, temperature)  # [T]
+        error_TV = output_errors(actor, hidden_TH, target_T, logp_T, temperature)  # [T, V]
+        ordered = [group[index] for batch in batches for index in batch]
+        lengths = [len(row.response_ids) for row in ordered]
+        row_T = torch.arange(len(ordered)).repeat_interleave(torch.tensor(lengths)).to(actor.device)  # [T]
+        won_T = torch.tensor([row.won for row in ordered], device=actor.device)[row_T]  # [T]
+        eta = 2 * abs(0.5 - np.mean(list(won.values()))) if algo.nthr_eta is None else algo.nthr_eta
+        factor_T, _ = losses.nthr_weights(hidden_TH.float(), error_TV, row_T, won_T, algo.nthr_beta, float(eta))  # [T]
+        for row, logprobs, factor in zip(ordered, logp_T.split(lengths), factor_T.split(lengths), strict=True):
+            if config.train.old_logprobs == "trainer":
+                row.old_logprobs = logprobs.float().cpu().numpy()
+            row.advantage, row.weakened = row.advantage * factor.cpu().numpy(), int((factor != 1).sum())
 
 
 def update(
-    actor: Actor,
-    reference: Actor | None,
-    optimizer: torch.optim.Optimizer,
-    rows: Sequence[Row],
-    config: Config,
-    iteration: int,
+    actor: Actor, optimizer: torch.optim.Optimizer, rows: Sequence[Row], config: Config, iteration: int
 ) -> dict[str, float]:
-    """One pass over the rows in mini-batches; returns the update's metrics, averaged over tokens and ranks."""
+    """One pass over the scored rows in mini-batches; returns the update's metrics, averaged over tokens and ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     train, packed = config.train, actor.packed
     batches = mini_batches(rows, config, iteration, world)
-    mine = [row for batch in batches for row in batch[rank] if _matters(row, config)]
-
-    def score(actor: Actor) -> list:
-        return all_logprobs(actor, mine, train.tokens_per_micro_batch, config.rollout.temperature)
-
-    old = score(actor) if train.old_logprobs == "trainer" else [row.logprobs for row in mine]
-    ref = score(reference) if reference is not None else old
-    known = {id(row): (o, r) for row, o, r in zip(mine, old, ref, strict=True)}
-    gaps = [o - row.logprobs for row, o in zip(mine, old, strict=True)] if train.old_logprobs == "trainer" else []
     learning_rate = train.lr * lr_factor(config, iteration)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-    actor.model.train()  # no dropout (load_actor sees to it), but gradient checkpointing works in this mode alone
+    gaps: list[np.ndarray] = []  # of engine to trainer, where the trainer has not scored the old policy
     sums: dict[str, float] = defaultdict(float)
-    padded = real = 0
+    actor.model.train()  # no dropout (load_actor sees to it), but gradient checkpointing works in this mode alone
     for number, batch in enumerate(batches):
-        everything = [row for share in batch for row in share]
-        tokens = {
-            judged: sum(len(row.response_ids) for row in everything if row.judge == judged) for judged in (False, True)
-        }
-        counts = {judged: sum(row.judge == judged for row in everything) for judged in (False, True)}
-        own = [row for row in batch[rank] if _matters(row, config)]
+        totals = denominators(batch)
+        own = [row for row in batch[rank] if has_gradient(row, config)]
         for group in micro_batches(own, train.tokens_per_micro_batch, packed):
             part = [own[index] for index in group]
-            logp_T, entropy_T = token_logprobs(
-                actor,
-                part,
-                config.rollout.temperature,
-                entropy="gradient" if config.algo.entropy else "value",
-            )  # [T], [T]
-            loss, parts = micro_batch_loss(logp_T, entropy_T, part, known, tokens, counts, config)
+            entropy = "gradient" if config.algo.entropy else "value"
+            logp_T, entropy_T = token_logprobs(actor, part, config.rollout.temperature, entropy)  # [T], [T]
+            loss, parts = micro_batch_loss(logp_T, entropy_T, part, totals, config)
             loss.backward()
             for key, value in parts.items():
                 sums[key] += value
             if number == 0 and train.old_logprobs == "engine":
                 gaps.append(logp_T.detach().float().cpu().numpy() - np.concatenate([row.logprobs for row in part]))
-            real += sum(row.tokens for row in part)
-            padded += sum(row.tokens for row in part) if packed else max(row.tokens for row in part) * len(part)
-        sum_gradients(actor.model)
-        norm = float(torch.nn.utils.clip_grad_norm_(actor.model.parameters(), train.max_grad_norm))
-        optimizer.step()
-        optimizer.zero_grad()
-        sums["grad_norm"] += norm / world
+            real = sum(row.tokens for row in part)
+            sums["real"] += real
+            sums["padded"] += real if packed else max(row.tokens for row in part) * len(part)
+        sums["grad_norm"] += step(actor.model, optimizer, learning_rate, train.max_grad_norm) / world
     actor.model.eval()
 
-    sums |= {"real": real, "padded": padded}
+    if train.old_logprobs == "trainer":  # every rank knows all rows' gaps
+        gaps = [row.old_logprobs - row.logprobs for row in rows[rank::world] if row.old_logprobs is not None]
     return {"train/lr": learning_rate} | _update_metrics(sums, np.concatenate(gaps or [np.zeros(0)]), len(batches))
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
+    """One optimizer step on the sum of the ranks' gradients; returns their norm before clipping."""
+    sum_gradients(model)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def denominators(batch: Sequence[Sequence[Row]]) -> dict[bool, tuple[int, int]]:
+    """(response tokens, rows) in the loss of a mini-batch, over all ranks, by kind."""
+    counted = [(row.judge, row.counted) for share in batch for row in share]
+    return {
+        kind: (sum(count for judged, count in counted if judged == kind), sum(c > 0 for j, c in counted if j == kind))
+        for kind in (False, True)
+    }
 
 
 def _update_metrics(own: dict[str, float], gap_T: np.ndarray, updates: int) -> dict[str, float]:
@@ -344,8 +348,8 @@ def _update_metrics(own: dict[str, float], gap_T: np.ndarray, updates: int) -> d
         "train/approx_kl": sums.get("approx_kl", 0.0) / seen,
         "train/grad_norm": sums["grad_norm"] / updates,
         "train/updates": updates,
-        "train/tokens": sums["real"],
-        "train/padding_share": 1 - sums["real"] / max(1, sums["padded"]),
+        "train/tokens": sums.get("real", 0.0),
+        "train/padding_share": 1 - sums.get("real", 0.0) / max(1, sums.get("padded", 0.0)),
         "mismatch/mean_abs": sums["gap"] / max(1, sums["gaps"]),
         "mismatch/kl": sums["gap_kl"] / max(1, sums["gaps"]),
         "mismatch/max_abs": worst,
@@ -356,37 +360,41 @@ def micro_batch_loss(
     logp_T: torch.Tensor,
     entropy_T: torch.Tensor,
     rows: Sequence[Row],
-    known: dict,
-    tokens: dict,
-    counts: dict,
+    totals: dict[bool, tuple[int, int]],
     config: Config,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The share of a mini-batch's loss that these rows contribute, and sums of metrics over their tokens.
 
-    `tokens` and `counts` are the mini-batch's response tokens and rows by kind, over all ranks.
+    `totals` are the mini-batch's denominators().
     """
     algo, device = config.algo, logp_T.device
     lengths = torch.tensor([len(row.response_ids) for row in rows])
+
+    def column(values: Sequence) -> torch.Tensor:
+        """One value or array a row -> [T]."""
+        spread = [np.broadcast_to(np.float32(v), n) for v, n in zip(values, lengths.tolist(), strict=True)]
+        return torch.from_numpy(np.concatenate(spread)).to(device)
+
     row_T = torch.arange(len(rows)).repeat_interleave(lengths).to(device)  # [T]
-    advantage_T = torch.tensor([row.advantage for row in rows], device=device)[row_T]  # [T]
-    judged_T = torch.tensor([row.judge for row in rows], device=device)[row_T]  # [T]
-    old_T, ref_T = (
-        torch.from_numpy(np.concatenate([known[id(row)][which] for row in rows])).to(device) for which in (0, 1)
-    )  # [T]
+    judged_T = column([row.judge for row in rows]) > 0  # [T]
+    advantage_T, old_T = column([row.advantage for row in rows]), column([row.old_logprobs for row in rows])  # [T] each
+    weight_T = column([1.0 if row.weights is None else row.weights for row in rows])  # [T]
+    ref_T = column([row.ref_logprobs for row in rows]) if algo.kl else None  # [T]
     loss, parts = logp_T.new_zeros(()), {}
     for judged, name, weight in ((False, "loss_actor", 1.0), (True, "loss_judge", config.judge.weight)):
-        mask_T = judged_T == judged  # [T]
+        mask_T = (judged_T == judged) & (weight_T > 0)  # [T]
         if not mask_T.any():
             continue
         one = [tensor[mask_T] for tensor in (logp_T, old_T, advantage_T, row_T)]
         loss_T, seen = losses.POLICY_LOSSES[algo.policy_loss](*one, algo)  # [T]
+        loss_T = loss_T * weight_T[mask_T]  # [T]
         if algo.kl:
             kl_T = losses.kl(one[0], ref_T[mask_T], algo.kl_estimator)  # [T]
             loss_T, seen = loss_T + algo.kl * kl_T, seen | {"kl": kl_T.detach().mean()}
         if algo.entropy:
             loss_T = loss_T - algo.entropy * entropy_T[mask_T]  # [T]
         length = config.judge.max_response_tokens if judged else config.rollout.max_response_tokens
-        share = losses.aggregate(loss_T, one[3], algo.aggregate, tokens[judged], counts[judged], length)
+        share = losses.aggregate(loss_T, one[3], algo.aggregate, *totals[judged], length)
         loss = loss + weight * share
         parts[name] = float(share.detach())
         for key, value in seen.items():
@@ -395,201 +403,49 @@ def micro_batch_loss(
     return loss, parts
 
 
-def _matters(row: Row, config: Config) -> bool:
-    """Whether a row's loss can have a gradient; the others are counted in every denominator and not computed."""
-    return row.advantage != 0 or config.algo.kl > 0 or config.algo.entropy != 0
+def update_critic(
+    critic: Actor, optimizer: torch.optim.Optimizer, rows: Sequence[Row], config: Config, iteration: int
+) -> dict[str, float]:
+    """PPO's value model, on the actions of the mini-batches that the actor is updated on; a mean over their tokens."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    batches = mini_batches(rows, config, iteration, world)
+    sums: dict[str, float] = defaultdict(float)
+    critic.model.train()
+    for batch in batches:
+        tokens = sum(len(row.response_ids) for share in batch for row in share if not row.judge)
+        own = [row for row in batch[rank] if not row.judge]
+        for group in micro_batches(own, config.train.tokens_per_micro_batch, critic.packed):
+            part = [own[index] for index in group]
+            value_T = token_values(critic, part)  # [T]
+            old_T, return_T = (
+                torch.from_numpy(np.concatenate(one)).to(value_T)
+                for one in zip(*((row.values, row.returns) for row in part), strict=True)
+            )  # [T] each
+            loss_T, seen = losses.value_loss(value_T, old_T, return_T, config.algo.value_clip)  # [T]
+            loss = loss_T.sum() / tokens
+            loss.backward()
+            sums["loss"] += float(loss.detach())
+            sums["clipped"] += float(seen["value_clip_fraction"]) * len(value_T)
+            sums["tokens"] += len(value_T)
+        lr = config.train.critic_lr * lr_factor(config, iteration)
+        sums["grad_norm"] += step(critic.model, optimizer, lr, config.train.max_grad_norm) / world
+    critic.model.eval()
+    sums = total(gather([sums]))
+    acted = [row for row in rows if not row.judge]
+    value_T, return_T = (np.concatenate([getattr(row, name) for row in acted]) for name in ("values", "returns"))  # [T]
+    return {
+        "critic/loss": sums["loss"] / len(batches),
+        "critic/clip_fraction": sums["clipped"] / sums["tokens"],
+        "critic/grad_norm": sums["grad_norm"] / len(batches),
+        "critic/value": float(value_T.mean()),
+        "critic/explained_variance": float(1 - np.var(return_T - value_T) / max(np.var(return_T), 1e-12)),
+    }
 
 
 def lr_factor(config: Config, iteration: int) -> float:
     """The learning rate's factor: linear warm-up, then constant, or falling by 1/iterations from one to the next."""
     warm = min(1.0, (iteration + 1) / config.train.warmup) if config.train.warmup else 1.0
     return warm * (1 - iteration / config.train.iterations if config.train.schedule == "linear" else 1.0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks, records, checkpoints
-
-
-def gather(items: list) -> list:
-    """The ranks' lists end to end, on every rank."""
-    if dist.get_world_size() == 1:
-        return items
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def total(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Sums by key."""
-    return {key: sum(record.get(key, 0) for record in records) for key in sorted({key for r in records for key in r})}
-
-
-class Clock:
-    """Seconds per phase of one iteration."""
-
-    def __init__(self) -> None:
-        self.started, self.phases = time.monotonic(), {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.phases[phase] = self.phases.get(phase, 0.0) + time.monotonic() - began
-
-    def metrics(self, rows: Sequence[Row]) -> dict[str, float]:
-        """time/* in seconds, and sampled tokens per second of the phases that sample."""
-        sampled = sum(len(row.response_ids) for row in rows)
-        sampling = self.phases["collect"] + self.phases.get("judge", 0.0)
-        record = {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
-        record |= {"time/total": time.monotonic() - self.started, "rollout/tokens_per_s": sampled / sampling}
-        if torch.cuda.is_available():
-            record["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
-        return record
-
-
-def rollout_metrics(episodes: Sequence[Episode], counts: dict[str, int]) -> dict[str, float]:
-    """What the collected episodes show; `counts` are collect()'s and label_episodes()'s.
-
-    Raises RuntimeError if not one episode was left.
-    """
-    if not episodes:
-        raise RuntimeError(f"no episode was collected: {dict(counts)}; the warnings above say why")
-    steps = [step for episode in episodes for step in episode.steps]
-    actions = Counter(step.action for step in steps)
-    repeats = 0
-    for episode in episodes:
-        seen = Counter((step.observation, step.action) for step in episode.steps)
-        repeats += sum(count - 1 for count in seen.values())
-    return {
-        "rollout/episodes": len(episodes),
-        "rollout/success": float(np.mean([episode.won for episode in episodes])),
-        "rollout/success_loose": float(np.mean([episode.won_loose for episode in episodes])),
-        "rollout/score": float(np.mean([episode.score for episode in episodes])),
-        "rollout/steps": len(steps),
-        "rollout/steps_per_episode": len(steps) / len(episodes),
-        "rollout/invalid": float(np.mean([not step.valid for step in steps])),
-        "rollout/unavailable": float(np.mean([not step.available for step in steps])),
-        "rollout/repeats": repeats / len(steps),
-        "rollout/top_action_share": actions.most_common(1)[0][1] / len(steps),
-        "rollout/prompt_tokens": float(np.mean([len(step.prompt_ids) for step in steps])),
-        "rollout/response_tokens": float(np.mean([len(step.response_ids) for step in steps])),
-        "rollout/restarted": counts.get("restarted", 0),
-        "rollout/discarded": counts.get("discarded", 0),
-        **{f"judge/{key}": value for key, value in counts.items() if key.startswith(("label", "teacher"))},
-    }
-
-
-def row_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Shares of rows that carry no signal, by kind."""
-    record = {}
-    for judged, name in ((False, "train"), (True, "judge")):
-        kind = [row.advantage for row in rows if row.judge == judged]
-        if kind:
-            record |= {f"{name}/rows": len(kind), f"{name}/zero_advantage": float(np.mean([a == 0 for a in kind]))}
-    return record
-
-
-class Log:
-    """Rank 0's record of the run: metrics.jsonl (the source of truth), TensorBoard, episodes, a line on the screen."""
-
-    def __init__(self, config: Config, start: int) -> None:
-        self.config, self.folder = config, config.run_dir
-        configuration.save(config, self.folder / "config.yaml")
-        self.metrics = self.folder / "metrics.jsonl"
-        kept = self.metrics.read_text().splitlines() if start and self.metrics.is_file() else []
-        rewritten = self.metrics.with_suffix(".partial")
-        rewritten.write_text("".join(f"{line}\n" for line in kept if _iteration(line) < start))
-        rewritten.replace(self.metrics)
-        (self.folder / "episodes").mkdir(exist_ok=True)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
-
-    def write(self, iteration: int, metrics: dict, episodes: list[Episode], questions: list, rules: list[str]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
-        for key, value in metrics.items():
-            self.board.add_scalar(key, value, iteration)
-        if iteration % self.config.train.episodes_every == 0:
-            asked = [
-                {
-                    "group": question.group,
-                    "member": question.member,
-                    "step": question.index,
-                    "label": question.step.label,
-                    "source": question.step.label_source,
-                    "answers": [answer.response for answer in question.answers],
-                }
-                for question in questions
-            ]
-            with (self.folder / "episodes" / f"{iteration:06d}.jsonl").open("w") as file:
-                for number, episode in enumerate(episodes):
-                    file.write(json.dumps(episode.to_json(tokens=number < 2)) + "\n")
-                file.write(json.dumps({"questions": asked, "guidelines": rules}) + "\n")
-        judged = f"  judge {metrics['judge/balanced_accuracy']:.2f}" if "judge/balanced_accuracy" in metrics else ""
-        evaluated = "".join(f"  {key[5:]} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/"))
-        print(
-            f"{iteration + 1:4d}/{self.config.train.iterations}  success {metrics['rollout/success']:.3f}"
-            f"  steps {metrics['rollout/steps_per_episode']:.1f}  invalid {metrics['rollout/invalid']:.3f}"
-            f"  unavailable {metrics['rollout/unavailable']:.3f}{judged}  entropy {metrics['train/entropy']:.2f}"
-            f"  grad {metrics['train/grad_norm']:.2f}  mismatch {metrics['mismatch/mean_abs']:.1e}"
-            f"  {metrics['time/total']:.1f} s (collect {metrics['time/collect']:.1f},"
-            f" update {metrics['time/update']:.1f})"
-            f"{evaluated}",
-            flush=True,
-        )
-
-
-def _iteration(line: str) -> float:
-    """The iteration of a line of metrics.jsonl; infinity for one that was torn by the end of its process."""
-    try:
-        return json.loads(line)["iteration"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def save_checkpoint(
-    actor: Actor, optimizer, config: Config, iteration: int, advice: list[str], rules: list[str]
-) -> None:
-    """checkpoints/<iteration>/ and then `latest`, each atomically."""
-    folder = config.run_dir / "checkpoints" / f"{iteration:06d}"
-    state = {
-        "iteration": iteration,
-        "optimizer": optimizer.state_dict(),
-        "advice": advice,
-        "rules": rules,
-        "config": configuration.to_dict(config),
-    }
-    save_model(actor, folder, {"guidelines.json": rules}, state)
-    point_latest(folder, config.train.keep_checkpoints)
-
-
-def find_checkpoint(config: Config) -> tuple[Path | None, dict]:
-    """The run's last checkpoint and its trainer state, or (None, {}) for a new run.
-
-    Raises ConfigError if the checkpoint was made by other settings.
-    """
-    folder = config.run_dir / "checkpoints" / "latest"
-    if not folder.exists():
-        return None, {}
-    state = torch.load(folder / "trainer" / "state.pt", weights_only=True, map_location="cpu")
-    now, default = (_flat(configuration.to_dict(one)) for one in (config, Config()))
-    then = default | _flat(state["config"])  # an option that is younger than the run had its default's effect
-    changed = [
-        key for key in now | then if now.get(key) != then.get(key) and not {key, key.split(".")[0]} & FREE_TO_CHANGE
-    ]
-    if changed:
-        raise ConfigError(
-            f"{config.run_dir} was made with other settings ({', '.join(changed)}): choose another name "
-            f"(--set name=...) or delete the folder"
-        )
-    return folder.resolve(), state
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def dry_run(config: Config) -> str:

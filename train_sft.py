@@ -22,7 +22,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import config as configuration  # before torch: it sets the number of threads
@@ -79,7 +79,7 @@ def make_rows(config: Config) -> Iterator[dict]:
         for turn in episode:
             if turn.taught:
                 rules = _some_advice(config, rng) if rng.random() < config.sft.guided else ()
-                yield _chat(_prompt(config, turn.at, rules), reply(turn.at, turn.action))
+                yield _chat(_prompt(config, turn, rules), turn.reply)
         if config.sft.variant != "vanilla":
             row, verdict = _critic_row(config, queue[0], episode, rng)
             critics[verdict].append(row)
@@ -103,6 +103,8 @@ class Turn:
     at: Situation
     action: str
     taught: bool
+    reply: str = ""
+    memory: dict = field(default_factory=dict)  # of the episode's earlier replies: prompts.memory
 
 
 def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
@@ -123,7 +125,7 @@ def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list
             action = _slip(at, turns, rng)
         elif config.sft.idle and rng.random() < config.sft.idle:  # at 0 the rows are those without the option
             action = action if turns and turns[-1].action == _idle(turns[-1].at) else _idle(at)
-        turns.append(Turn(at, action, not slips))
+        turns.append(_turn(config, at, action, not slips, turns))
         seen, action = env.step(action), expert.step(action)
     return turns if seen.won else []
 
@@ -143,7 +145,7 @@ def _random_episode(config: Config, task: envs.Task, rng: random.Random) -> list
         at, slips = _situation(config, seen, turns), rng.random() < config.sft.noise
         action = _slip(at, turns, rng) if slips else _of_random_kind(at.actions, rng)
         rare = not thought(at, action).endswith("Next nothing.")
-        turns.append(Turn(at, action, not slips and (rare or rng.random() < 1 / 5)))
+        turns.append(_turn(config, at, action, not slips and (rare or rng.random() < 1 / 5), turns))
         seen = env.step(action)
     return turns
 
@@ -174,6 +176,14 @@ def _situation(config: Config, seen: envs.Observation, turns: Sequence[Turn]) ->
     return Situation(config.env.name, seen.task, seen.text, seen.actions, history, len(turns), seen.objects)
 
 
+def _turn(config: Config, at: Situation, action: str, taught: bool, turns: Sequence[Turn]) -> Turn:
+    texts = [turn.reply for turn in turns]
+    said = [prompts.parse_reply(text, config.prompt_style, config.env.name) for text in texts]
+    return Turn(
+        at, action, taught, reply(at, action, config.prompt_style), prompts.memory(said, texts, config.prompt_style)
+    )
+
+
 def _critic_row(config: Config, task: envs.Task, episode: Sequence[Turn], rng: random.Random) -> tuple[dict, int]:
     """A judged step of the episode, as chat row and verdict: the action played, or a random one in its place.
 
@@ -188,7 +198,8 @@ def _critic_row(config: Config, task: envs.Task, episode: Sequence[Turn], rng: r
         verdict, better = rng.randrange(2), rng.choice(at.actions)
     else:
         verdict, better = expert_verdict(config.env, task, [turn.action for turn in episode[:chosen]], action)
-    question = prompts.build_critic_prompt(config.env.name, _prompt(config, at), reply(at, action))
+    answer = reply(at, action, config.prompt_style)
+    question = prompts.build_critic_prompt(config.env.name, _prompt(config, episode[chosen]), answer)
     return _chat(question, critique(at, action, verdict, better or episode[chosen].action)), verdict
 
 
@@ -203,10 +214,10 @@ def _some_advice(config: Config, rng: random.Random) -> list[str]:
     return rng.sample(known, rng.randint(1, len(known)))
 
 
-def _prompt(config: Config, at: Situation, rules: Sequence[str] = ()) -> str:
-    return prompts.build_prompt(
-        at.env, at.task, at.observation, at.actions, at.history, at.step, rules, objects=at.objects
-    )
+def _prompt(config: Config, turn: Turn, rules: Sequence[str] = ()) -> str:
+    at = turn.at
+    seen = (at.env, at.task, at.observation, at.actions, at.history, at.step, rules, at.objects)
+    return prompts.build_prompt(*seen, **turn.memory)
 
 
 def _chat(question: str, answer: str) -> dict:
@@ -219,6 +230,7 @@ def rows_file(config: Config) -> Path:
     made_by = {
         "version": DATA_VERSION,
         "seed": config.seed,
+        "style": config.prompt_style,
         "env": dataclasses.asdict(config.env) | {"data": str(envs.data_folder(config.env).resolve())},
         "games": [task.id for task in envs.tasks(config.env, config.env.level, "train")],
         **{key: getattr(config.sft, key) for key in keys},

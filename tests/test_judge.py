@@ -274,7 +274,11 @@ class Oracle:
 
     def __init__(self, answers: list[str]) -> None:
         self.answers = answers
-        self.actor = SimpleNamespace(encode=lambda text: [*map(ord, text)], decode=lambda ids: "".join(map(chr, ids)))
+        self.actor = SimpleNamespace(
+            encode=lambda text: [*map(ord, text)],
+            decode=lambda ids: "".join(map(chr, ids)),
+            tokenizer=SimpleNamespace(eos_token_id=0),
+        )
 
     def generate(self, prompt_ids, sampling):
         self.asked, self.sampling = ["".join(map(chr, ids)) for ids in prompt_ids], list(sampling)

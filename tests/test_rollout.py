@@ -233,7 +233,7 @@ def test_episodes_depend_on_seed_iteration_and_group(engine, config, tasks, epis
 
     assert actions(play(engine, config, tasks, iteration=4)) != actions(episodes)
     assert actions(play(engine, tiny.changed(config, "seed=1"), tasks, iteration=3)) != actions(episodes)
-    moved = play(engine, config, tasks[1:], iteration=3, first_group=1)  # what a second rank would play
+    moved = play(engine, config, tasks[1:], iteration=3, groups=range(1, len(tasks)))  # what a second rank would play
     assert_same(moved, episodes[2:])
 
 

@@ -21,11 +21,14 @@ from tiny import changed
 import config as configuration
 import envs
 import prompts
+import rows as row_making
 import train_rl
 from config import Config, ConfigError
 from model import Actor, Row, all_logprobs, load_actor, make_optimizer
+from records import find_checkpoint, rollout_metrics
 from rollout import Episode, Step
-from train_rl import actor_rows, find_checkpoint, mini_batches, sample_tasks, update
+from rows import actor_rows, mini_batches
+from train_rl import sample_tasks, score, update
 
 # ---- The update
 
@@ -64,12 +67,19 @@ def rows(config, initial, small_games) -> list[Row]:
 def after(
     initial: Actor, rows: list[Row], config: Config, lr: float = 0.05, momentum: float = 0.0, reference=None
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The weights after one update() by SGD, and its metrics."""
+    """The weights after score() and one update() by SGD, and its metrics."""
     actor = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
     config = changed(config, f"train.lr={lr}")
     optimizer = torch.optim.SGD(actor.model.parameters(), lr=lr, momentum=momentum)
-    metrics = update(actor, reference, optimizer, rows, config, iteration=0)
+    metrics = update(actor, optimizer, scored(actor, rows, config, reference), config, iteration=0)
     return actor.model.state_dict(), metrics
+
+
+def scored(actor: Actor, rows: list[Row], config: Config, reference=None) -> list[Row]:
+    """Copies of the rows as score() leaves them."""
+    rows = [dataclasses.replace(row) for row in rows]
+    score(actor, reference, None, rows, config)
+    return rows
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -165,7 +175,8 @@ def test_leaving_out_rows_without_advantage_changes_nothing(initial, rows, confi
     """Also where mini-batches of one row are left without any: the momentum of earlier ones goes on all the same."""
     config = changed(config, "train.rows_per_update=1")
     short, fast = after(initial, rows, config, 5e-4, momentum)
-    monkeypatch.setattr(train_rl, "_matters", lambda row, config: True)
+    for module in (row_making, train_rl):
+        monkeypatch.setattr(module, "has_gradient", lambda row, config: True)
     full, slow = after(initial, rows, config, 5e-4, momentum)
     assert distance(short, full) < 2e-6 < 1e-4 < distance(full, initial.model.state_dict())
     assert fast["train/tokens"] < 0.9 * slow["train/tokens"] == 0.9 * sum(row.tokens for row in rows)
@@ -187,7 +198,7 @@ def test_a_published_learning_rate_moves_the_weights(initial, rows, config, dtyp
     actor = load_actor(changed(config, f"model.dtype={dtype}"))
     optimizer = make_optimizer(actor.model, 1e-6, 0.0)
     config = changed(config, "train.lr=1e-6", "train.rows_per_update=4", f"model.dtype={dtype}")
-    metrics = update(actor, None, optimizer, rows, config, iteration=0)
+    metrics = update(actor, optimizer, scored(actor, rows, config), config, iteration=0)
     assert metrics["train/updates"] == 4 and metrics["mismatch/mean_abs"] < (1e-5 if dtype == "float32" else 0.05)
     before = initial.model.state_dict()
     moved = torch.cat([(weight != before[name]).flatten() for name, weight in actor.model.state_dict().items()])
@@ -203,7 +214,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(initial, rows, co
         copied = dataclasses.replace(actor, model=copy.deepcopy(actor.model))
         copied.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         optimizer = torch.optim.SGD(copied.model.parameters(), lr=0.05)
-        update(copied, None, optimizer, rows, changed(config, "train.lr=0.05", "train.old_logprobs=engine"), 0)
+        engine = changed(config, "train.lr=0.05", "train.old_logprobs=engine")
+        update(copied, optimizer, scored(copied, rows, engine), engine, 0)
         calls.append(0)
         assert distance(copied.model.state_dict(), plain) < 1e-6 and not copied.model.training
     once = calls.index(0)
@@ -535,7 +547,7 @@ def test_scienceworld_is_trained_on(small_games, tmp_path):
 
 def test_no_episode_at_all_stops_the_run():
     with pytest.raises(RuntimeError, match="no episode was collected.*discarded"):
-        train_rl.rollout_metrics([], train_rl.Counter(discarded=4))
+        rollout_metrics([], {"discarded": 4})
 
 
 # ---- Mistakes

@@ -337,7 +337,7 @@ def test_generative_adds_balanced_critiques_whose_verdicts_are_the_teachers(
     places = defaultdict(list)
     for task, episode, _ in watched.episodes:
         for index, turn in enumerate(episode):
-            places[train_sft._prompt(config, turn.at)].append((task, episode, index))
+            places[train_sft._prompt(config, turn)].append((task, episode, index))
     verdicts = Counter()
     for question, answer in critic:
         found = prompts.parse_critique(answer)

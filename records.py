@@ -1,0 +1,229 @@
+"""What a run leaves behind: times and metrics of an iteration, the log, episodes, checkpoints; and how it goes on.
+
+metrics.jsonl is the source of truth, one object an iteration; TensorBoard shows the same scalars.  Everything is
+written by rank 0 and whole: a killed run loses at most the iteration under way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+import config as configuration
+from config import Config, ConfigError
+from model import Actor, Row, point_latest, save_model
+from rollout import Episode
+
+FREE_TO_CHANGE = {  # when a run goes on: what does not change the training, or is the cure of what ended it
+    "train.iterations",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.eval_every",
+    "eval",
+    "env.machines",
+    "env.machine_heap_mib",
+    "rollout.max_prompt_tokens",
+    "rollout.concurrency",
+    "rollout.kv_cache_gib",
+    "rollout.gpu_memory_utilization",
+    "rollout.canary_bound",
+}
+
+
+class Clock:
+    """Seconds per phase of one iteration."""
+
+    def __init__(self) -> None:
+        self.started, self.phases = time.monotonic(), {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.phases[phase] = self.phases.get(phase, 0.0) + time.monotonic() - began
+
+    def metrics(self, rows: Sequence[Row]) -> dict[str, float]:
+        """time/* in seconds, and sampled tokens per second of the phases that sample."""
+        sampled = sum(len(row.response_ids) for row in rows)
+        sampling = self.phases["collect"] + self.phases.get("judge", 0.0)
+        record = {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
+        record |= {"time/total": time.monotonic() - self.started, "rollout/tokens_per_s": sampled / sampling}
+        if torch.cuda.is_available():
+            record["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        return record
+
+
+def rollout_metrics(episodes: Sequence[Episode], counts: dict[str, int]) -> dict[str, float]:
+    """What the collected episodes show; `counts` are collect()'s and label_episodes()'s.
+
+    Raises RuntimeError if not one episode was left.
+    """
+    if not episodes:
+        raise RuntimeError(f"no episode was collected: {dict(counts)}; the warnings above say why")
+    steps = [step for episode in episodes for step in episode.steps]
+    actions = Counter(step.action for step in steps)
+    repeats = 0
+    for episode in episodes:
+        seen = Counter((step.observation, step.action) for step in episode.steps)
+        repeats += sum(count - 1 for count in seen.values())
+    return {
+        "rollout/episodes": len(episodes),
+        "rollout/success": float(np.mean([episode.won for episode in episodes])),
+        "rollout/success_loose": float(np.mean([episode.won_loose for episode in episodes])),
+        "rollout/score": float(np.mean([episode.score for episode in episodes])),
+        "rollout/steps": len(steps),
+        "rollout/steps_per_episode": len(steps) / len(episodes),
+        "rollout/invalid": float(np.mean([not step.valid for step in steps])),
+        "rollout/unavailable": float(np.mean([not step.available for step in steps])),
+        "rollout/repeats": repeats / len(steps),
+        "rollout/top_action_share": actions.most_common(1)[0][1] / len(steps),
+        "rollout/prompt_tokens": float(np.mean([len(step.prompt_ids) for step in steps])),
+        "rollout/response_tokens": float(np.mean([len(step.response_ids) for step in steps])),
+        "rollout/truncated": float(np.mean([step.truncated for step in steps])),
+        "rollout/redrawn": counts.get("redrawn", 0),
+        "rollout/restarted": counts.get("restarted", 0),
+        "rollout/discarded": counts.get("discarded", 0),
+        **{f"judge/{key}": value for key, value in counts.items() if key.startswith(("label", "teacher"))},
+    }
+
+
+def row_metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """Shares of rows that carry no signal, by kind; of tokens whose penalty NTHR weakened, and that count nowhere."""
+    record = {}
+    for judged, name in ((False, "train"), (True, "judge")):
+        kind = [row for row in rows if row.judge == judged]
+        if kind:
+            tokens = sum(len(row.response_ids) for row in kind)
+            record |= {
+                f"{name}/rows": len(kind),
+                f"{name}/zero_advantage": float(np.mean([not np.any(row.advantage) for row in kind])),
+                f"{name}/masked": 1 - sum(row.counted for row in kind) / tokens,
+            }
+            if not judged:
+                record["train/nthr_weakened"] = sum(row.weakened for row in kind) / tokens
+    weights = [row.weights for row in rows if row.weights is not None]
+    return record | ({"mismatch/weight": float(np.concatenate(weights).mean())} if weights else {})
+
+
+class Log:
+    """Rank 0's record of the run: metrics.jsonl (the source of truth), TensorBoard, episodes, a line on the screen."""
+
+    def __init__(self, config: Config, start: int) -> None:
+        self.config, self.folder = config, config.run_dir
+        configuration.save(config, self.folder / "config.yaml")
+        self.metrics = self.folder / "metrics.jsonl"
+        kept = self.metrics.read_text().splitlines() if start and self.metrics.is_file() else []
+        rewritten = self.metrics.with_suffix(".partial")
+        rewritten.write_text("".join(f"{line}\n" for line in kept if _iteration(line) < start))
+        rewritten.replace(self.metrics)
+        (self.folder / "episodes").mkdir(exist_ok=True)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
+
+    def write(self, iteration: int, metrics: dict, episodes: list[Episode], questions: list, rules: list[str]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
+        for key, value in metrics.items():
+            self.board.add_scalar(key, value, iteration)
+        if iteration % self.config.train.episodes_every == 0:
+            asked = [
+                {
+                    "group": question.group,
+                    "member": question.member,
+                    "step": question.index,
+                    "label": question.step.label,
+                    "source": question.step.label_source,
+                    "answers": [answer.response for answer in question.answers],
+                }
+                for question in questions
+            ]
+            with (self.folder / "episodes" / f"{iteration:06d}.jsonl").open("w") as file:
+                for number, episode in enumerate(episodes):
+                    file.write(json.dumps(episode.to_json(tokens=number < 2)) + "\n")
+                file.write(json.dumps({"questions": asked, "guidelines": rules}) + "\n")
+        judged = f"  judge {metrics['judge/balanced_accuracy']:.2f}" if "judge/balanced_accuracy" in metrics else ""
+        evaluated = "".join(f"  {key[5:]} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/"))
+        print(
+            f"{iteration + 1:4d}/{self.config.train.iterations}  success {metrics['rollout/success']:.3f}"
+            f"  steps {metrics['rollout/steps_per_episode']:.1f}  invalid {metrics['rollout/invalid']:.3f}"
+            f"  unavailable {metrics['rollout/unavailable']:.3f}{judged}  entropy {metrics['train/entropy']:.2f}"
+            f"  grad {metrics['train/grad_norm']:.2f}  mismatch {metrics['mismatch/mean_abs']:.1e}"
+            f"  {metrics['time/total']:.1f} s (collect {metrics['time/collect']:.1f},"
+            f" update {metrics['time/update']:.1f})"
+            f"{evaluated}",
+            flush=True,
+        )
+
+
+def _iteration(line: str) -> float:
+    """The iteration of a line of metrics.jsonl; infinity for one that was torn by the end of its process."""
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def save_checkpoint(
+    actor: Actor,
+    critic: Actor | None,
+    optimizers: Sequence[torch.optim.Optimizer],
+    config: Config,
+    iteration: int,
+    advice: list[str],
+    rules: list[str],
+) -> None:
+    """checkpoints/<iteration>/ and then `latest`, each atomically."""
+    folder = config.run_dir / "checkpoints" / f"{iteration:06d}"
+    state = {
+        "iteration": iteration,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "advice": advice,
+        "rules": rules,
+        "config": configuration.to_dict(config),
+    }
+    save_model(actor, folder, {"guidelines.json": rules}, state, critic)
+    point_latest(folder, config.train.keep_checkpoints)
+
+
+def critic_folder(checkpoint: str) -> str:
+    """Where PPO's critic starts: from the one in a checkpoint, else from the language model."""
+    kept = Path(checkpoint) / "trainer" / "critic"
+    return str(kept) if kept.is_dir() else checkpoint
+
+
+def find_checkpoint(config: Config) -> tuple[Path | None, dict]:
+    """The run's last checkpoint and its trainer state, or (None, {}) for a new run.
+
+    Raises ConfigError if the checkpoint was made by other settings.
+    """
+    folder = config.run_dir / "checkpoints" / "latest"
+    if not folder.exists():
+        return None, {}
+    state = torch.load(folder / "trainer" / "state.pt", weights_only=True, map_location="cpu")
+    now, default = (_flat(configuration.to_dict(one)) for one in (config, Config()))
+    then = default | _flat(state["config"])  # an option that is younger than the run had its default's effect
+    changed = [
+        key for key in now | then if now.get(key) != then.get(key) and not {key, key.split(".")[0]} & FREE_TO_CHANGE
+    ]
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} was made with other settings ({', '.join(changed)}): choose another name "
+            f"(--set name=...) or delete the folder"
+        )
+    return folder.resolve(), state
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
