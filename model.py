@@ -24,6 +24,7 @@ import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -161,13 +162,10 @@ def load_critic(config: Config, actor: Actor, path: str) -> Actor:
     """
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # it would tell that the head is new
+    shape = AutoConfig.from_pretrained(path, num_labels=1, attn_implementation=config.model.attention)
+    shape.classifier_dropout = 0.0
     model, report = AutoModelForTokenClassification.from_pretrained(
-        path,
-        dtype=torch.float32,
-        attn_implementation=config.model.attention,
-        num_labels=1,
-        classifier_dropout=0.0,
-        output_loading_info=True,
+        path, config=shape, dtype=torch.float32, output_loading_info=True
     )
     hf_logging.set_verbosity(verbosity)
     if report["missing_keys"]:

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import statistics
 
 import pytest
 import torch
@@ -12,15 +13,26 @@ from losses import (
     RowBatch,
     advantages,
     aggregate,
+    anchors,
+    cispo,
     discounted_returns,
+    generalised_advantage,
     gigpo,
     group_normalise,
     grpo,
+    gspo,
+    importance_weights,
     judge_advantage,
     kl,
+    nthr_weights,
+    overlong_penalty,
+    ppo,
     ppo_clip,
+    rlvmr,
     scores,
+    value_loss,
     weigh_negatives,
+    whiten,
 )
 
 EPS = 1e-6
@@ -69,7 +81,48 @@ def random_rows(seed):
         reward_N=torch.tensor(reward),
         invalid_N=invalid,
         anchor_N=torch.tensor(anchor),
+        tag_N=tensor(*[draw(0, 4) for _ in slots]),
+        tag_reward_N=tensor(*[float(draw(0, 2)) for _ in slots]),
     )
+
+
+def published(rows, cfg):
+    """grpo, gigpo and rlvmr as their code does it, row by row in Python floats; singletons and eps included."""
+    score, reward, invalid, tag_reward = (
+        [float(value) for value in getattr(rows, f"{name}_N")] for name in ("score", "reward", "invalid", "tag_reward")
+    )
+    group, trajectory, anchor, tag = (
+        getattr(rows, f"{name}_N").tolist() for name in ("group", "trajectory", "anchor", "tag")
+    )
+    count = range(len(score))
+
+    def normalise(value, key, lone_is_zero, first_rows=False):
+        result = []
+        for i in count:
+            same = [j for j in count if key[j] == key[i]]
+            if first_rows:
+                same = [j for j in same if not any(k < j and trajectory[k] == trajectory[j] for k in same)]
+            of = [value[j] for j in same]
+            mean, std = (0.0, 1.0) if len(of) == 1 else (statistics.fmean(of), statistics.stdev(of))
+            if len(of) == 1 and lone_is_zero:
+                mean = of[0]
+            if max(of) == min(of) and len(of) > 1:  # the float32 trap, see the file's opening
+                mean, std = of[0], 1.0
+            result.append((value[i] - mean) / (std + 1e-6 if cfg.divide_by_std else 1.0))
+        return result
+
+    episode = normalise(score, group, False, cfg.stats_over == "trajectories")
+    if cfg.advantage == "grpo":
+        return episode
+    if cfg.advantage == "rlvmr":
+        step = normalise(tag_reward, list(zip(group, tag, strict=True)), False)
+    else:
+        returns = []
+        for i in count:
+            later = [reward[j] for j in count if j >= i and trajectory[j] == trajectory[i]]
+            returns.append(sum(cfg.gamma**n * r for n, r in enumerate(later)) - cfg.invalid_penalty * invalid[i])
+        step = normalise(returns, list(zip(group, anchor, strict=True)), True)
+    return [a + cfg.step_weight * b for a, b in zip(episode, step, strict=True)]
 
 
 def test_examples_in_docstrings():
@@ -274,6 +327,75 @@ def test_gigpo_keeps_groups_apart_and_needs_anchors():
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("method", ["grpo", "gigpo", "rlvmr"])
+@pytest.mark.parametrize("over", ["steps", "trajectories"])
+@pytest.mark.parametrize("divide", [True, False])
+def test_advantages_equal_the_published_code(seed, method, over, divide):
+    cfg = AlgoConfig(advantage=method, stats_over=over, divide_by_std=divide, step_weight=0.7)
+    assert_close(advantages(random_rows(seed), cfg), published(random_rows(seed), cfg), tolerance=5e-6)
+
+
+def test_rlvmr_normalises_tag_rewards_within_group_and_tag():
+    # scores equal: 0.  tag 1 of group 0: 1, 0, 0: mean 1/3, std 1/sqrt 3: 1.1547, -.5774 x 2; tag 2 a singleton: raw 1;
+    # group 7's tag 1, all 1: 0
+    rows = batch(
+        [5.0] * 6, [0, 0, 0, 0, 7, 7], [0, 0, 1, 1, 2, 3], tag=[1, 1, 1, 2, 1, 1], tag_reward=[1.0, 0, 0, 1, 1, 1]
+    )
+    assert_close(rlvmr(rows, AlgoConfig()), [1.1547005, -0.5773503, -0.5773503, 1.0, 0.0, 0.0], tolerance=1e-5)
+    assert_close(rlvmr(rows, AlgoConfig(divide_by_std=False, step_weight=3)), [2.0, -1.0, -1.0, 3.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="tag_N"):
+        rlvmr(batch([1.0], [0], [0]), AlgoConfig())
+
+
+def test_anchors_by_equality_and_by_likeness():
+    """Greedy, in order, by the first member alone: "abcdefghiZ" is near the first, "abcdefgYXZ" near neither by .8."""
+    texts = ["abcdefghij", "abcdefghiZ", "abcdefghij", "abcdefgYXZ", "abcdefghij"]
+    assert anchors(texts, tensor(4, 4, 4, 4, 9)).tolist() == [0, 1, 0, 2, 3]
+    assert anchors(texts, tensor(4, 4, 4, 4, 9), similarity=0.8).tolist() == [0, 0, 0, 1, 2]
+    assert anchors(texts, tensor(4, 4, 4, 4, 9), similarity=0.7).tolist() == [0, 0, 0, 0, 1]
+    chain = ["aaaaaaaaaa", "aaaaaaaaab", "aaaaaaaabb", "aaaaaaaaab"]  # the third is like the second, not the first
+    assert anchors(chain, tensor(0, 0, 0, 0), similarity=0.9).tolist() == [0, 0, 1, 0]
+    with pytest.raises(ValueError, match="2 observations"):
+        anchors(["a", "b"], tensor(1))
+
+
+def test_generalised_advantage_by_hand():
+    # row 5: delta .9*.25-.5 = -.275, .9*.5-.25 = .2, 1-.5 = .5; A = -.275+.72*.56, .2+.72*.5, .5.  row 2: 3-1
+    reward, value = tensor(0.0, 3.0, 0.0, 1.0), tensor(0.5, 1.0, 0.25, 0.5)
+    advantage, returns = generalised_advantage(reward, value, 0.9, 0.8, tensor(5, 2, 5, 5))
+    assert_close(advantage, [0.1282, 2.0, 0.56, 0.5])
+    assert_close(returns, [0.6282, 3.0, 0.81, 1.0])
+    advantage, returns = generalised_advantage(reward, value, 1.0, 1.0)  # one sequence: what is left to earn, minus V
+    assert_close(advantage, [3.5, 3.0, 0.75, 0.5])
+    assert_close(returns, [4.0, 4.0, 1.0, 1.0])
+    assert [len(part) for part in generalised_advantage(reward[:0], value[:0], 1, 1)] == [0, 0]
+    with pytest.raises(ValueError, match="value_T"):
+        generalised_advantage(reward, value[:1], 1, 1)
+
+
+def test_whiten_by_hand():
+    assert_close(whiten(tensor(1.0, 3.0, 5.0)), [-1.0, 0.0, 1.0])  # mean 3, unbiased variance 4
+    assert whiten(tensor(9.9).repeat(7)).eq(0).all() and whiten(tensor(4.0)).eq(0).all()
+
+
+def test_value_loss_clips_the_change_of_a_value():
+    # V, V_old, R, clip .5: (1-2)^2 = 1 against (.5-2)^2 = 2.25; (1-0)^2 = 1 against (.5-0)^2; inside: equal
+    value = tensor(1.0, 1.0, 0.25).requires_grad_()
+    loss, metrics = value_loss(value, tensor(0.0, 0.0, 0.0), tensor(2.0, 0.0, 1.0), 0.5)
+    assert_close(loss.detach(), [1.125, 0.5, 0.28125])
+    assert float(metrics["value_clip_fraction"]) == pytest.approx(1 / 3)
+    loss.sum().backward()
+    assert_close(value.grad, [0.0, 1.0, -0.75])
+
+
+def test_ppo_is_the_score_itself():
+    assert_close(
+        advantages(batch([9.9, -0.1], [0, 1], [0, 1]), AlgoConfig(advantage="ppo", negative_weight=0.1)), [9.9, -0.1]
+    )
+    assert ppo in losses.ADVANTAGES.values()
+
+
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("method", ["grpo", "gigpo"])
 @pytest.mark.parametrize("over", ["steps", "trajectories"])
 def test_advantages_do_not_depend_on_the_order_of_rows(seed, method, over):
@@ -401,6 +523,90 @@ def test_expected_estimates_are_the_divergence():
     for estimator in ("k1", "k3"):
         estimate = (policy * kl(policy.log(), reference.log(), estimator)).sum()
         torch.testing.assert_close(estimate, divergence)
+
+
+def test_gspo_has_one_ratio_a_row():
+    # row 3: log-ratios 0, ln 4: ratio 2; row 1: ln 1.1.  A = 1, clip at 1.3: -1.3, -1.3, without gradient; -1.1
+    cfg = AlgoConfig(clip_low=0.3, clip_high=0.3)
+    old = tensor(-1.0, -2.0, -3.0)
+    logp = (old + tensor(0.0, math.log(1.1), math.log(4))).requires_grad_()
+    loss, metrics = gspo(logp, old, tensor(1.0, 1.0, 1.0), tensor(3, 1, 3), cfg)
+    assert_close(loss.detach(), [-1.3, -1.1, -1.3])
+    loss.sum().backward()
+    assert_close(logp.grad, [0.0, -1.1, 0.0])
+    assert float(metrics["clip_fraction"]) == pytest.approx(2 / 3)
+    # A = -1: max(2, 1.3) = 2 for both tokens; each token's gradient is 2 / 2 from either
+    logp.grad = None
+    loss, _ = gspo(logp, old, tensor(-1.0, -1.0, -1.0), tensor(3, 1, 3), cfg)
+    assert_close(loss.detach(), [2.0, 1.1, 2.0])
+    loss.sum().backward()
+    assert_close(logp.grad, [2.0, 1.1, 2.0])
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens():
+    # ratios 1.5, .5, 1 with clips of .2: weights 1.2, .8, 1
+    cfg, old = AlgoConfig(), tensor(-1.0, -2.0, -3.0)
+    logp = (old + tensor(1.5, 0.5, 1.0).log()).requires_grad_()
+    loss, metrics = cispo(logp, old, tensor(1.0, 1.0, -2.0), tensor(0, 0, 0), cfg)
+    assert_close(loss.detach(), [1.2 * (1 - math.log(1.5)), 0.8 * (2 + math.log(2)), -6.0])
+    loss.sum().backward()
+    assert_close(logp.grad, [-1.2, -0.8, 2.0])
+    assert float(metrics["clip_fraction"]) == pytest.approx(2 / 3) and float(metrics["ratio"]) == pytest.approx(1)
+
+
+# --------------------------------------------------------------------------- importance weights, NTHR, length penalties
+
+
+@pytest.mark.parametrize(
+    ("how", "level", "expected"),
+    [
+        ("none", "token", [1, 1, 1, 1]),
+        ("truncate", "token", [1, 2, 0.25, 1.2]),  # ratios 1, 3, 1/4, 1.2
+        ("mask", "token", [1, 0, 0, 1.2]),
+        ("truncate", "sequence", [0.75, 0.75, 0.75, 1.2]),  # 1 * 3 / 4
+        ("mask", "sequence", [0.75, 0.75, 0.75, 1.2]),
+        ("mask", "geometric", [0.75 ** (1 / 3)] * 3 + [1.2]),
+    ],
+)
+def test_importance_weights_by_hand(how, level, expected):
+    trainer = (tensor(1.0, 3.0, 0.25, 1.2).log() - 2).requires_grad_()
+    weights = importance_weights(trainer, tensor(-2.0, -2.0, -2.0, -2.0), tensor(7, 7, 7, 2), how, level)
+    assert_close(weights, [float(value) for value in expected])
+    assert not weights.requires_grad
+
+
+def test_importance_weights_of_far_apart_log_probs_and_their_errors():
+    far = importance_weights(tensor(0.0, -1e4), tensor(-1e4, 0.0), tensor(0, 1), "truncate")
+    assert_close(far, [2.0, math.exp(-losses.MAX_LOG_RATIO)])
+    for name, arguments in (("how", ("drop", "token")), ("level", ("mask", "row"))):
+        with pytest.raises(ValueError, match=f"^{name}="):
+            importance_weights(tensor(0.0), tensor(0.0), tensor(0), *arguments)
+
+
+def test_nthr_by_hand():
+    """One won token h = (1, 0), g = (1/2, -1/2): M = g h^T and its own s = 1/2 = tau. Lost: s = 1/2, 0, 1."""
+    hidden, error = tensor([1.0, 0], [1, 0], [0, 1], [2, 0]), tensor([0.5, -0.5]).repeat(4, 1)
+    row, won = tensor(0, 1, 1, 2), tensor(True, False, False, False)
+    factor, found = nthr_weights(hidden, error, row, won, beta=1.0, eta=0.3)
+    assert_close(factor, [1.0, 1.0, 1.0, 0.3])
+    assert found == {"tau": 0.5, "selected": 1}
+    assert_close(nthr_weights(hidden, error, row, won, beta=0.5, eta=0.3)[0], [1.0, 0.3, 1.0, 0.3])
+    assert_close(nthr_weights(hidden, error, row, won, beta=-math.inf, eta=0.0)[0], [1.0, 0.0, 0.0, 0.0])
+    # a second won row, h = (0, 3), g = (.1, -.1): its own mean is .18 = tau; the token at (0, 1) has s = .3
+    hidden, error = torch.cat([hidden, tensor([0.0, 3])]), torch.cat([error, tensor([0.1, -0.1])])
+    row, won = tensor(0, 1, 1, 2, 3), tensor(True, False, False, False, True)
+    factor, found = nthr_weights(hidden, error, row, won, beta=1.0, eta=0.3)
+    assert_close(factor, [1.0, 0.3, 0.3, 0.3, 1.0])
+    assert found["tau"] == pytest.approx(0.18)
+    for alike in (won | True, won & False):
+        factor, found = nthr_weights(hidden, error, row, alike, beta=1.0, eta=0.3)
+        assert factor.eq(1).all() and found["selected"] == 0
+
+
+def test_overlong_penalty_by_hand():
+    assert overlong_penalty(70, 100, 40, False) == pytest.approx(0.25)
+    assert [overlong_penalty(n, 100, 0, False) for n in (1, 99, 100)] == [0, 0, 0]
+    assert overlong_penalty(100, 100, 0, True) == overlong_penalty(30, 100, 10, True) == 1
 
 
 # --------------------------------------------------------------------------------------------------------- aggregation

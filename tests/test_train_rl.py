@@ -24,11 +24,11 @@ import prompts
 import rows as row_making
 import train_rl
 from config import Config, ConfigError
-from model import Actor, Row, all_logprobs, load_actor, make_optimizer
+from model import Actor, Row, all_logprobs, load_actor, load_critic, make_optimizer
 from records import find_checkpoint, rollout_metrics
 from rollout import Episode, Step
-from rows import actor_rows, mini_batches
-from train_rl import sample_tasks, score, update
+from rows import actor_rows, add_critic, mini_batches
+from train_rl import sample_tasks, score, update, update_critic
 
 # ---- The update
 
@@ -126,12 +126,7 @@ def test_an_episode_left_alone_has_no_advantage(config):
 @pytest.mark.parametrize("how", ["token", "sequence", "dr"])
 @pytest.mark.parametrize("kl", [0, 0.5])
 def test_update_is_the_same_for_any_micro_batch(initial, rows, config, how, kl):
-    config = changed(config, f"algo.aggregate={how}", f"algo.kl={kl}")
-    torch.manual_seed(0)
-    reference = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
-    with torch.no_grad():
-        for parameter in reference.model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    config, reference = changed(config, f"algo.aggregate={how}", f"algo.kl={kl}"), disturbed(initial, 0.02)
     whole, metrics = after(initial, rows, changed(config, "train.tokens_per_micro_batch=9999"), reference=reference)
     assert distance(whole, initial.model.state_dict()) > 1e-3
     for budget in (1, 200, 700):
@@ -141,6 +136,76 @@ def test_update_is_the_same_for_any_micro_batch(initial, rows, config, how, kl):
         for key in ("loss_actor", "loss_judge", "kl", "grad_norm", "entropy", "ratio"):
             assert again[f"train/{key}"] == pytest.approx(metrics[f"train/{key}"], rel=1e-4, abs=1e-5), key
     assert (metrics["train/kl"] > 0.01) == (kl > 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("method", ["ppo_clip", "gspo", "cispo"])
+def test_update_equals_a_padded_reference(initial, rows, config, packed, method):
+    """One padded batch, plain log_softmax, the loss written out: the same loss and gradient, with masks and KL."""
+    settings = [
+        f"algo.policy_loss={method}",
+        "algo.kl=0.1",
+        "algo.kl_estimator=k2",
+        "algo.importance=mask",
+        "judge.weight=0.5",
+    ]
+    config = changed(config, *settings, "algo.clip_low=0.01", "algo.clip_high=0.02", "algo.importance_high=1.2")
+    noisy, reference = off_policy(rows), disturbed(initial, 0.02)
+    actor = dataclasses.replace(disturbed(initial, 0.005), packed=packed)
+    ready = scored(initial, noisy, config, reference)
+    assert 0.05 < np.mean(np.concatenate([row.weights for row in ready]) == 0) < 0.8
+
+    model = copy.deepcopy(actor.model)
+    width = max(row.tokens for row in ready)
+    ids, mask = torch.zeros(len(ready), width, dtype=torch.int64), torch.zeros(len(ready), width, dtype=torch.int64)
+    for index, row in enumerate(ready):
+        ids[index, : row.tokens] = torch.from_numpy(np.concatenate([row.prompt_ids, row.response_ids]))
+        mask[index, : row.tokens] = 1
+    logits = model(input_ids=ids, attention_mask=mask).logits / config.rollout.temperature
+    logp = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    total = {False: 0.0, True: 0.0}
+    tokens = {kind: sum(int((row.weights > 0).sum()) for row in ready if row.judge == kind) for kind in total}
+    for index, row in enumerate(ready):
+        own = logp[index, len(row.prompt_ids) - 1 : row.tokens - 1]
+        old, ref, weight = (torch.from_numpy(a) for a in (row.old_logprobs, row.ref_logprobs, row.weights))
+        kept = weight > 0
+        if not kept.any():
+            continue
+        own, old, ref, weight = own[kept], old[kept], ref[kept], weight[kept]
+        ratio = (own - old).mean().exp().expand(len(own)) if method == "gspo" else (own - old).exp()
+        bounded = ratio.clamp(0.99, 1.02)
+        if method == "cispo":
+            loss = -row.advantage * bounded.detach() * own
+        else:
+            loss = torch.maximum(-row.advantage * ratio, -row.advantage * bounded)
+        total[row.judge] = total[row.judge] + (weight * loss + 0.1 * (own - ref) ** 2 / 2).sum() / tokens[row.judge]
+    (total[False] + 0.5 * total[True]).backward()
+
+    optimizer = torch.optim.SGD(actor.model.parameters(), lr=1.0)
+    start = copy.deepcopy(actor.model.state_dict())
+    metrics = update(actor, optimizer, ready, changed(config, "train.lr=1", "train.tokens_per_micro_batch=500"), 0)
+    assert metrics["train/loss_actor"] == pytest.approx(float(total[False]), rel=1e-4)
+    assert metrics["train/loss_judge"] == pytest.approx(float(total[True]), rel=1e-4)
+    for name, parameter in model.named_parameters():
+        step = start[name] - actor.model.state_dict()[name]
+        torch.testing.assert_close(step, parameter.grad, rtol=1e-3, atol=2e-6)
+
+
+def off_policy(rows: list[Row]) -> list[Row]:
+    """The rows as an engine would have sampled them whose log-probs are now and then off by half a nat."""
+    rng = np.random.default_rng(1)
+    noise = [rng.normal(0, 0.3, len(row.response_ids)).astype(np.float32) for row in rows]
+    return [dataclasses.replace(row, logprobs=row.logprobs + off) for row, off in zip(rows, noise, strict=True)]
+
+
+def disturbed(actor: Actor, scale: float) -> Actor:
+    """A copy with noise on all weights."""
+    torch.manual_seed(0)
+    copied = dataclasses.replace(actor, model=copy.deepcopy(actor.model))
+    with torch.no_grad():
+        for parameter in copied.model.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return copied
 
 
 def test_first_ratio_is_one_where_the_trainer_scores_the_old_policy(initial, rows, config):
@@ -270,8 +335,11 @@ def test_gradients_are_clipped_over_the_whole_mini_batch(initial, rows, config):
 SCENARIOS = {
     "one update": [],
     "several, with KL": ["train.rows_per_update=5", "algo.kl=0.1"],
-    "mini-batches smaller than the world": ["train.rows_per_update=1"],
+    "mini-batches smaller than the world": ["train.rows_per_update=1", "train.max_grad_norm=0.1"],
     "sequence mean": ["algo.aggregate=sequence"],
+    "gspo": ["algo.aggregate=sequence", "algo.policy_loss=gspo", "train.old_logprobs=engine"],
+    "cispo": ["algo.policy_loss=cispo", "train.old_logprobs=engine"],
+    "masked": ["algo.importance=mask", "algo.importance_high=1.2", "algo.kl=0.1"],
 }
 UPDATES = """
 import pickle, sys, torch
@@ -288,8 +356,22 @@ torch.distributed.destroy_process_group()
 
 
 def all_scenarios(actor: Actor, rows: list[Row], config: Config) -> dict:
-    return {name: after(actor, rows, changed(config, *overrides), lr=2e-3, momentum=0.9, reference=actor)
-            for name, overrides in SCENARIOS.items()}  # fmt: skip
+    results = {name: after(actor, off_policy(rows), changed(config, *overrides), 2e-3, momentum=0.9, reference=actor)
+               for name, overrides in SCENARIOS.items()}  # fmt: skip
+    return results | {"critic": after_critic(actor, rows, config)}
+
+
+def after_critic(actor: Actor, rows: list[Row], config: Config) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The critic's weights after two updates of PPO's value model from scratch, and the second's metrics."""
+    config = changed(config, "algo.advantage=ppo", "train.critic_lr=0.01", "train.rows_per_update=6")
+    critic = load_critic(config, actor, config.model.path)
+    optimizer = torch.optim.SGD(critic.model.parameters(), lr=0.01)
+    for _ in range(2):
+        ready = [dataclasses.replace(row) for row in rows]
+        score(actor, None, critic, ready, config)
+        add_critic(ready, config)
+        metrics = update_critic(critic, optimizer, ready, config, 0)
+    return critic.model.state_dict(), metrics | {"train/updates": 6}
 
 
 def test_update_is_the_same_for_one_and_two_ranks(initial, rows, config, tmp_path):
@@ -302,7 +384,9 @@ def test_update_is_the_same_for_one_and_two_ranks(initial, rows, config, tmp_pat
     for name, (weights, metrics) in expected.items():
         assert distance(first[name][0], second[name][0]) == 0, name
         bound = 1e-6 if metrics["train/updates"] == 1 else 1e-5  # rounding grows from update to update
-        assert distance(first[name][0], weights) < bound < 1e-4 < distance(weights, initial.model.state_dict()), name
+        start = initial.model.state_dict() | {"score.weight": torch.zeros(1, 64), "score.bias": torch.zeros(1)}
+        moved = max(float((weight - start[key]).abs().max()) for key, weight in weights.items())
+        assert distance(first[name][0], weights) < bound < 1e-4 < moved, name
         for key, value in metrics.items():
             if key != "train/padding_share":
                 near = pytest.approx(value, rel=1e-4, abs=1e-5)

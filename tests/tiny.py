@@ -63,7 +63,7 @@ def corpus(games: Path) -> list[str]:
 def checkpoint(games: Path) -> Path:
     """A tiny model some seconds into its cold start: most of its replies are well formed, most of its actions bad.
 
-    Its thoughts are one word long, and it sees each critique four times: there is no time to learn more.
+    Thoughts are one word long, also those it judges, and it sees each critique thrice: there is no time to learn more.
     """
     import model
     import train_sft
@@ -73,10 +73,10 @@ def checkpoint(games: Path) -> Path:
     actor = model.load_actor(config, corpus(games))
     rows = []
     for row in chat_rows(games):
-        short = re.sub("<think>.*</think>", "<think>So.</think>", row["response"])
-        weighed = train_sft.tokenise(actor, row | {"response": short}, prompt_loss=0.2)
-        rows += [weighed] * (4 if row["prompt"].startswith("Role:") else 1)
-    rng, updates = random.Random(0), 360
+        short = {key: re.sub("<think>Need.*?</think>", "<think>So.</think>", text) for key, text in row.items()}
+        weighed = train_sft.tokenise(actor, short, prompt_loss=0.2)
+        rows += [weighed] * (3 if row["prompt"].startswith("Role:") else 1)
+    rng, updates = random.Random(0), 300
     optimizer = model.make_optimizer(actor.model, 8e-3, 0.0, (0.9, 0.95))
     for update in range(updates):
         batch = rng.sample(rows, 8)
