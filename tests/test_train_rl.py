@@ -584,16 +584,159 @@ def test_two_ranks_play_the_same_episodes_and_stay_equal(run, small_games, tmp_p
     assert distance(weights[0], weights_of(tiny.checkpoint(small_games))) > 1e-3
 
 
-def test_plain_method_leaves_no_trace_of_the_judge(small_games, tmp_path, monkeypatch):
-    """GRPO without GCD, by the transformers engine, the engine's log-probs as the old policy's; in this process."""
+def run_here(small_games, tmp_path, monkeypatch, *overrides: str) -> list[dict]:
+    """The metrics of a run in this process, by the transformers engine, without evaluation."""
+    tmp_path.mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    overrides = "judge.enabled=false guidelines.every=0 rollout.engine=transformers algo.advantage=grpo".split()
-    overrides += "rollout.groups=2 train.old_logprobs=engine train.iterations=1 train.eval_every=0".split()
+    overrides += ("rollout.engine=transformers", "train.eval_every=0")
     monkeypatch.setattr("sys.argv", ["train_rl.py", str(tiny.rl_yaml(small_games, tmp_path)), "--set", *overrides])
     monkeypatch.setattr(train_rl, "join_ranks", lambda config: tiny.join() or (0, 1))
     monkeypatch.setattr("rollout.Engine.close", lambda self: None)
     train_rl.main()
-    (record,) = metrics_of(tmp_path / "runs" / "tiny_rl")
+    return metrics_of(tmp_path / "runs" / "tiny_rl")
+
+
+PLAIN = ("judge.enabled=false", "guidelines.every=0")
+METHODS = {
+    "grpo": ["algo.advantage=grpo"],
+    "gigpo": ["algo.advantage=gigpo", "algo.similarity=0.9"],
+    "rlvmr": ["algo.advantage=rlvmr", "prompt_style=rlvmr", "rollout.max_prompt_tokens=1600"],
+    "ppo": ["algo.advantage=ppo", "rollout.groups=8", "rollout.group_size=1", "train.critic_lr=0.01"],
+    "nthr": ["algo.advantage=grpo", "algo.nthr=true", "algo.nthr_beta=0", "env.max_steps=12"],
+}
+
+
+@pytest.mark.parametrize("gcd", [False, True], ids=["plain", "gcd"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, gcd, small_games, tmp_path, monkeypatch):
+    """Two iterations: finite, with gradients and a changed policy, and with what is the method's own."""
+    style = "rlvmr" if method == "rlvmr" else "think"
+    start = tiny.checkpoint(small_games, style)
+    settings = [*METHODS[method], *(() if gcd else PLAIN), f"model.path={start}", "judge.max_prompt_tokens=3000"]
+    records = run_here(small_games, tmp_path, monkeypatch, *settings)
+    assert len(records) == 2 and all(np.isfinite(value) for record in records for value in record.values())
+    assert all(record["train/grad_norm"] > 0 for record in records)
+    run = tmp_path / "runs" / "tiny_rl"
+    assert distance(weights_of(run / "checkpoints" / "latest"), weights_of(start)) > 1e-4
+    assert gcd == any(key.startswith("judge/balanced") for record in records for key in record)
+    critic = run / "checkpoints" / "latest" / "trainer" / "critic"
+    assert critic.is_dir() == (method == "ppo") == ("critic/loss" in records[0])
+    if method == "ppo":
+        assert records[0]["critic/value"] == 0 != records[1]["critic/value"] and records[0]["train/zero_advantage"] == 0
+    if method == "nthr":
+        assert sum(record["train/nthr_weakened"] for record in records) > 0
+    if method == "rlvmr":
+        tags = {step["tag"] for episode in episodes_of(run, 0)[0] for step in episode["steps"]}
+        assert tags > {"planning", "explore"}
+
+
+def test_a_resumed_critic_is_the_one_that_was_saved(small_games, tmp_path, monkeypatch):
+    settings = [*METHODS["ppo"], *PLAIN, "train.checkpoint_every=1"]
+    whole = run_here(small_games, tmp_path / "whole", monkeypatch, *settings)
+    run_here(small_games, tmp_path / "halved", monkeypatch, *settings, "train.iterations=1")
+    halved = run_here(small_games, tmp_path / "halved", monkeypatch, *settings)
+    for one, two in zip(whole, halved, strict=True):
+        same = {key: pytest.approx(value, abs=1e-6) for key, value in one.items() if not key.startswith("time/")}
+        assert {key: value for key, value in two.items() if key in same} == same | {
+            "rollout/tokens_per_s": two["rollout/tokens_per_s"]
+        }
+
+
+def test_groups_of_equal_returns_are_drawn_again(small_games, tmp_path, monkeypatch):
+    """The first draws stay in the record; what is trained on comes from the last ones, under other ids."""
+    settings = ["rollout.redraws=2", "train.iterations=1", *PLAIN]
+    (record,) = run_here(small_games, tmp_path, monkeypatch, *settings)
+    episodes = episodes_of(tmp_path / "runs" / "tiny_rl", 0)[0]
+    groups = {}
+    for episode in episodes:
+        groups.setdefault(episode["group"], []).append(episode)
+    dull = {group for group, members in groups.items() if len({member["won"] for member in members}) == 1}
+    assert record["rollout/redrawn"] == sum(group < 8 for group in dull) > 0
+    assert set(groups) == set(range(4)) | {group + 4 for group in dull if group < 8}
+    assert record["rollout/episodes"] == len(episodes) == 4 * len(groups)
+    last = [group for group in groups if group >= 8 or group not in dull]
+    assert record["train/rows"] == sum(len(member["steps"]) for group in last for member in groups[group])
+
+
+def test_masks_and_length_penalties(small_games, tmp_path, monkeypatch):
+    """Replies of at most 8 tokens are all cut off: masked, none of them counts; penalised, each loses its share."""
+    cut = ["rollout.max_response_tokens=8", "train.iterations=1", *PLAIN]
+    (masked,) = run_here(small_games, tmp_path / "masked", monkeypatch, *cut, "algo.overlong=mask")
+    assert masked["rollout/truncated"] == masked["train/masked"] == 1 and masked["train/grad_norm"] == 0
+    penalised = changed(tiny.rl_config(small_games), *cut, "algo.overlong=penalise", "algo.overlong_penalty=0.4",
+                        "algo.advantage=ppo", "algo.overlong_cache=4", "algo.invalid_penalty=0")  # fmt: skip
+    won, lost = two_episodes()
+    for step, length in zip(won.steps + lost.steps, (4, 6, 8, 8), strict=True):
+        step.response_ids = [2] * length
+    lost.steps[1].truncated = True
+    scores = [row.advantage for row in actor_rows([won, lost], penalised)]
+    assert scores == pytest.approx([1.0, 1.0 - 0.2, -0.4, -0.4])  # 6 tokens are half of the last 4, 8 are all of them
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_nthr_in_one_pass_equals_its_definition(initial, rows, config, packed):
+    """Row by row with full softmax rows, written out from the paper; and the log-probs of the same pass are right."""
+    config = changed(config, "algo.nthr=true", "algo.nthr_beta=0.5", "train.tokens_per_micro_batch=300")
+    acted = [dataclasses.replace(row, judge=False, advantage=1.0 + n) for n, row in enumerate(rows)][:9]
+    for n, row in enumerate(acted):  # group 0: trajectories 0 (won), 1, 2 of two rows each; group 1: all lost
+        row.group, row.trajectory, row.won = n // 6, n // 2, n < 2
+    temperature, model = config.rollout.temperature, initial.model
+    mixed, vocabulary = acted[:6], np.unique(np.concatenate([row.response_ids for row in acted[:6]]))
+    hidden, error = [], []
+    for row in mixed:
+        ids = torch.from_numpy(np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64))[None]
+        with torch.no_grad():
+            states = model.model(ids).last_hidden_state[0, len(row.prompt_ids) - 1 : -1]
+            probability = (model.lm_head(states) / temperature).softmax(-1)
+        one_hot = torch.nn.functional.one_hot(torch.from_numpy(row.response_ids).long(), probability.shape[1])
+        hidden.append(states.double())
+        error.append((one_hot - probability)[:, vocabulary].double())
+    pull = sum(e.T @ h for e, h, row in zip(error, hidden, mixed, strict=True) if row.won)
+    influence = [((e @ pull) * h).sum(-1) for e, h in zip(error, hidden, strict=True)]
+    tau = 0.5 * min(float(s.mean()) for s, row in zip(influence, mixed, strict=True) if row.won)
+    eta = 2 * abs(0.5 - 1 / 3)
+
+    actor = dataclasses.replace(initial, packed=packed)
+    before = [row.advantage for row in acted]
+    score(actor, None, None, acted, config)
+    expected = [
+        torch.where(s > tau, eta, 1.0).numpy() if not row.won else 1.0 for s, row in zip(influence, mixed, strict=True)
+    ]
+    assert 0 < sum(row.weakened for row in mixed) < sum(len(row.response_ids) for row in mixed[2:])
+    for row, was, factor in zip(acted, before, [*expected, 1.0, 1.0, 1.0], strict=True):
+        np.testing.assert_allclose(row.advantage, was * factor, rtol=1e-6)
+    plain = all_logprobs(actor, acted, 9999, temperature)
+    for row, logprobs in zip(acted, plain, strict=True):
+        np.testing.assert_allclose(row.old_logprobs, logprobs, atol=1e-5)
+
+
+def test_tag_rewards_by_hand():
+    """RLVMR's rules on one episode: tag, action, well formed, on offer."""
+    story = [
+        ("reflection", "look", True, True, 1),  # the first step has nothing to reflect on, and is rewarded
+        ("planning", "go to desk 1", True, True, 1),  # won in the end
+        ("explore", "open desk 1", True, False, 1),  # new
+        ("reflection", "open desk 1", True, True, 0),  # the last one failed, but this is the same
+        ("explore", "look", True, True, 0),  # taken before, under another tag
+        ("none", "dance", False, False, 0),  # malformed
+        ("explore", "dance", True, True, 1),  # the malformed one does not count as taken
+        ("reflection", "sing", True, True, 0),  # the last one was fine
+        ("monitor", "hum", True, True, 0),
+    ]
+    steps = [
+        Step([1], [2], [0.0], "", "", "seen", action, valid, available, 0.0, tag=tag)
+        for tag, action, valid, available, _ in story
+    ]
+    episode = Episode(envs.Task("alfworld", "t", "id", "train"), 0, 0, steps, won=True)
+    assert row_making.tag_rewards(episode) == [reward for *_, reward in story]
+    episode.won = False
+    assert row_making.tag_rewards(episode)[1] == 0
+
+
+def test_plain_method_leaves_no_trace_of_the_judge(small_games, tmp_path, monkeypatch):
+    """GRPO without GCD, by the transformers engine, the engine's log-probs as the old policy's; in this process."""
+    settings = ("algo.advantage=grpo", "rollout.groups=2", "train.old_logprobs=engine", "train.iterations=1", *PLAIN)
+    (record,) = run_here(small_games, tmp_path, monkeypatch, *settings)
     assert not [key for key in record if "judge/" in key] and record["train/loss_judge"] == 0
     assert record["mismatch/mean_abs"] < 1e-4 and record["rollout/episodes"] == 8
     assert episodes_of(tmp_path / "runs" / "tiny_rl", 0)[1] == {"questions": [], "guidelines": []}

@@ -40,18 +40,18 @@ eval: {{levels: [L0, L1], games: 3, seeds: 2}}
 
 
 @functools.cache
-def sft_config(games: Path) -> Config:
+def sft_config(games: Path, style: str = "think") -> Config:
     path = games.with_name("tiny_sft.yaml")
     path.write_text(SFT.format(games=games))
-    return configuration.load(path)
+    return configuration.load(path, [f"prompt_style={style}"])
 
 
 @functools.cache
-def chat_rows(games: Path) -> list[dict]:
+def chat_rows(games: Path, style: str = "think") -> list[dict]:
     """Generated prompts and replies, as train_sft.py reads them."""
     import train_sft
 
-    rows = [row["messages"] for row in train_sft.make_rows(sft_config(games))]
+    rows = [row["messages"] for row in train_sft.make_rows(sft_config(games, style))]
     return [{"prompt": question["content"], "response": answer["content"]} for question, answer in rows]
 
 
@@ -60,7 +60,7 @@ def corpus(games: Path) -> list[str]:
 
 
 @functools.cache
-def checkpoint(games: Path) -> Path:
+def checkpoint(games: Path, style: str = "think") -> Path:
     """A tiny model some seconds into its cold start: most of its replies are well formed, most of its actions bad.
 
     Thoughts are one word long, also those it judges, and it sees each critique thrice: there is no time to learn more.
@@ -68,12 +68,12 @@ def checkpoint(games: Path) -> Path:
     import model
     import train_sft
 
-    config = sft_config(games)
-    folder = games.with_name("tiny") / "checkpoints" / "000001"
+    config = sft_config(games, style)
+    folder = games.with_name(f"tiny_{style}") / "checkpoints" / "000001"
     actor = model.load_actor(config, corpus(games))
     rows = []
-    for row in chat_rows(games):
-        short = {key: re.sub("<think>Need.*?</think>", "<think>So.</think>", text) for key, text in row.items()}
+    for row in chat_rows(games, style):
+        short = {key: re.sub(r"<(\w+)>(Plan: |Need).*?</\1>", r"<\1>So.</\1>", text) for key, text in row.items()}
         weighed = train_sft.tokenise(actor, short, prompt_loss=0.2)
         rows += [weighed] * (3 if row["prompt"].startswith("Role:") else 1)
     rng, updates = random.Random(0), 300
