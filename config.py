@@ -262,6 +262,8 @@ class SFTConfig:
     noise: float = 0.0  # share of random actions played, but not taught, in the episodes
     idle: float = 0.0  # how often the expert first does something pointless, and teaches it: flaws for RL to remove
     guided: float = 0.0  # share of prompts that carry guidelines
+    # give the fixed passages of prompts that the tokenizer lacks tokens of their own: shorter prompts for a tiny model
+    phrases: bool = False
     epochs: int = 5
     lr: float = 1e-5
     warmup_ratio: float = 0.1

@@ -289,6 +289,24 @@ PIECES = (
 )
 
 
+def fixed_phrases() -> list[str]:
+    """What is one token each in a tiny tokenizer."""
+    return [*prompts.boilerplate(), *PHRASES, *(f"<{slash}{tag}>" for tag in prompts.TAGS for slash in ("", "/"))]
+
+
+def add_phrases(actor: Actor) -> None:
+    """Give the model tokens for those fixed passages that its tokenizer lacks, for instance of another prompt style.
+
+    They start as the mean of the other embeddings, which is the same on every rank.
+    """
+    had = len(actor.tokenizer)
+    actor.tokenizer.add_tokens(fixed_phrases())
+    actor.model.resize_token_embeddings(len(actor.tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for weight in {actor.model.get_input_embeddings().weight, actor.model.get_output_embeddings().weight}:
+            weight[had:] = weight[:had].mean(0)
+
+
 def build_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with Qwen's control tokens; the templates' fixed sentences are one token each."""
     tokenizer = Tokenizer(models.BPE())
@@ -300,7 +318,7 @@ def build_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFas
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    phrases = [*prompts.boilerplate(), *PHRASES, *(f"<{slash}{tag}>" for tag in prompts.TAGS for slash in ("", "/"))]
+    phrases = fixed_phrases()
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(phrases)  # before training, so that their words do not compete for merges
     trainer = trainers.BpeTrainer(

@@ -41,6 +41,7 @@ from judge import expert_verdict
 from model import (
     Actor,
     Row,
+    add_phrases,
     join_ranks,
     load_actor,
     make_optimizer,
@@ -304,6 +305,8 @@ def main() -> None:
     rows = read_rows(rows_file(config))
     corpus = [row["prompt"] + row["response"] for row in rows[:: len(rows) // 5000 + 1]]
     actor = load_actor(config, corpus)
+    if config.sft.phrases:
+        add_phrases(actor)
     train(actor, rows, config)
     if rank == 0:
         folder = config.run_dir / "checkpoints" / "final"
