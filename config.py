@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import traceback
 import types
@@ -307,7 +308,8 @@ class Config:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config (and its base), apply `a.b=value` overrides, return the checked tree.
 
-    A value that opens a bracket, brace or quote is read as YAML, any other as it stands; null stands for None.
+    A value that opens a bracket, brace or quote is read as YAML, any other as it stands; null stands for None. `name`
+    and `model.path` can hold other options, in braces: "grpo_{env.name}_{env.level}".
     Raises ConfigError on a missing file, an unknown key, a value of the wrong type or a broken constraint.
     """
     tree = _read(Path(path))
@@ -330,6 +332,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             node = {parent: node}
         tree = _merge(tree, node)
     config = _build(Config, tree, "")
+    model = dataclasses.replace(config.model, path=_fill_in(config.model.path, config, "model.path"))
+    config = dataclasses.replace(config, name=_fill_in(config.name, config, "name"), model=model)
     check(config)
     return config
 
@@ -494,7 +498,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def save(config: Config, path: Path) -> None:
     """Write the resolved tree as YAML."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_dump(config), encoding="utf-8")
+    path.write_text(dump(config), encoding="utf-8")
 
 
 def parser(description: str, config_required: bool = True) -> argparse.ArgumentParser:
@@ -505,7 +509,20 @@ def parser(description: str, config_required: bool = True) -> argparse.ArgumentP
     return command
 
 
-def _dump(config: Config) -> str:
+def _fill_in(text: str, config: Config, where: str) -> str:
+    def value(match: re.Match) -> str:
+        node: Any = config
+        for part in match[1].split("."):
+            node = getattr(node, part, None) if part in getattr(node, "__dataclass_fields__", ()) else None
+        if not isinstance(node, (str, int)):
+            raise ConfigError(f"{where}={text!r}: {{{match[1]}}} is not an option whose value can stand in a name")
+        return str(node)
+
+    return re.sub(r"\{([\w.]+)\}", value, text)
+
+
+def dump(config: Config) -> str:
+    """The resolved tree as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
 
 
@@ -616,4 +633,4 @@ def fail_clearly(main: typing.Callable[[], None]) -> None:
 
 if __name__ == "__main__":
     arguments = parser(__doc__).parse_args()
-    fail_clearly(lambda: print(_dump(load(arguments.config, arguments.set))))
+    fail_clearly(lambda: print(dump(load(arguments.config, arguments.set))))

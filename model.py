@@ -230,9 +230,18 @@ def build_tiny(config: Config, corpus: Sequence[str]) -> tuple[torch.nn.Module, 
     if not corpus:
         raise ConfigError("model.path=tiny needs text to train its tokenizer on; train it with train_sft.py first")
     tokenizer = build_tokenizer(corpus, config.model.tiny_vocab)
+    shape = tiny_shape(config, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.model.attention)
+    return model, tokenizer
+
+
+def tiny_shape(config: Config, vocab: int, eos: int | None = None, pad: int | None = None) -> Qwen2Config:
+    """The sizes of a "tiny" model."""
     sizes = config.model
-    shape = Qwen2Config(
-        vocab_size=len(tokenizer),
+    return Qwen2Config(
+        vocab_size=vocab,
         hidden_size=sizes.tiny_hidden,
         intermediate_size=2 * sizes.tiny_hidden,
         num_hidden_layers=sizes.tiny_layers,
@@ -241,13 +250,9 @@ def build_tiny(config: Config, corpus: Sequence[str]) -> tuple[torch.nn.Module, 
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos,
+        pad_token_id=pad,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.model.attention)
-    return model, tokenizer
 
 
 # What becomes one token in the tiny tokenizer: the templates' passages, the frames of ALFWorld's sentences and lists

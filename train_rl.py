@@ -28,11 +28,11 @@ import config as configuration  # before torch: it sets the number of threads
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 
 import envs
 import judge
 import losses
+import memory
 from config import Config
 from evaluate import evaluate_levels
 from model import (
@@ -62,7 +62,7 @@ from rows import actor_rows, add_critic, has_gradient, judge_rows, mini_batches,
 def main() -> None:
     """The command line."""
     command = configuration.parser(__doc__)
-    command.add_argument("--dry-run", action="store_true", help="print the resolved config and the batch arithmetic")
+    command.add_argument("--dry-run", action="store_true", help="print config, batch arithmetic, memory")
     arguments = command.parse_args()
     config = configuration.load(arguments.config, arguments.set)
     if arguments.dry_run:
@@ -449,16 +449,18 @@ def lr_factor(config: Config, iteration: int) -> float:
 
 
 def dry_run(config: Config) -> str:
-    """The resolved config and what one iteration will do. Raises ConfigError where it does not divide over torchrun's
-    ranks."""
+    """The resolved config, what one iteration will do, and what memory it will take. Raises ConfigError where it does
+    not divide over torchrun's ranks."""
     configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    configuration.check_lineage(config)
     episodes = config.rollout.groups * config.rollout.group_size
     answers = config.judge.questions * config.judge.group_size if config.judge.enabled else 0
-    return yaml.safe_dump(configuration.to_dict(config), sort_keys=False, width=120) + (
-        f"\n# one iteration: {config.rollout.groups} games x {config.rollout.group_size} = {episodes} episodes of at "
+    return (
+        f"{configuration.dump(config)}\n"
+        f"# one iteration: {config.rollout.groups} games x {config.rollout.group_size} = {episodes} episodes of at "
         f"most {config.env.max_steps} steps, {answers} critiques\n"
         f"# update: at most {-(-episodes * config.env.max_steps // config.train.rows_per_update)} optimizer steps of "
-        f"{config.train.rows_per_update} rows\n"
+        f"{config.train.rows_per_update} rows\n" + memory.table(config)
     )
 
 

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import time
@@ -293,12 +294,14 @@ def updates(rows: Sequence[dict], per_update: int, rng: random.Random) -> list[l
 
 def main() -> None:
     """Rows, training, checkpoint."""
-    arguments = configuration.parser(__doc__).parse_args()
+    command = configuration.parser(__doc__)
+    command.add_argument("--dry-run", action="store_true", help="print the resolved config and check its arithmetic")
+    arguments = command.parse_args()
     config = configuration.load(arguments.config, arguments.set)
-    rank, world = join_ranks(config)
-    configuration.check_lineage(config)
-    if config.sft.rows_per_update % world:
-        raise ConfigError(f"sft.rows_per_update={config.sft.rows_per_update} does not divide over {world} ranks")
+    preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if arguments.dry_run:
+        return print(configuration.dump(config))
+    rank, _ = join_ranks(config)
     if rank == 0:
         rows_file(config)
     dist.barrier()
@@ -315,6 +318,13 @@ def main() -> None:
         print(f"{len(rows)} rows, {config.sft.epochs} epochs: {folder.with_name('latest')}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def preflight(config: Config, world: int) -> None:
+    """What would stop the run later, stops it here: raises ConfigError."""
+    configuration.check_lineage(config)
+    if config.sft.rows_per_update % world:
+        raise ConfigError(f"sft.rows_per_update={config.sft.rows_per_update} does not divide over {world} ranks")
 
 
 def train(actor: Actor, rows: Sequence[dict], config: Config) -> None:

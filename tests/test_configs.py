@@ -1,0 +1,97 @@
+"""Every file in configs/, and every command that a file's head or a README documents."""
+
+import re
+
+import pytest
+import tiny
+
+import config as configuration
+import memory
+import train_rl
+import train_sft
+from config import Config, ConfigError
+
+FILES = sorted((tiny.ROOT / "configs").glob("*.yaml"))
+READMES = [tiny.ROOT / "README.md", tiny.ROOT / "configs" / "README.md"]
+COMMAND = re.compile(
+    r"(?:torchrun --nproc_per_node=(\d)|python) (train_\w+)\.py (configs/\S+\.yaml)(?: --set ([^\n`#]+))?"
+)
+ROWS = [file for file in FILES if re.search(r"qwen(1\.5|7)b_(?!instruct)", file.name)]
+
+
+def commands() -> list[tuple[str, str, str, str]]:
+    """(ranks, script, config, overrides) of every documented training command; those of 1.5B also for 7B."""
+    found = {match for path in [*FILES, *READMES] for match in COMMAND.findall(path.read_text())}
+    found |= {(ranks, script, file.replace("qwen1.5b", "qwen7b"), sets) for ranks, script, file, sets in found}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("ranks, script, file, overrides", commands())
+def test_documented_commands_resolve(ranks, script, file, overrides, monkeypatch):
+    """As --dry-run does, for the ranks that the command names."""
+    monkeypatch.chdir(tiny.ROOT)
+    monkeypatch.setenv("WORLD_SIZE", ranks or "1")
+    config = configuration.load(file, overrides.split())
+    if script == "train_sft":
+        train_sft.preflight(config, int(ranks or 1))
+    else:
+        printed = train_rl.dry_run(config)
+        assert f"name: {config.name}" in printed and "million parameters" in printed
+
+
+def test_every_row_of_the_tables_has_its_file_and_figures():
+    methods = ["gcd", "gigpo", "gigpo_gcd", "grpo", "nthr", "ppo", "rlvmr", "rlvmr_gcd"]
+    methods += ["sft", "sft_rlvmr", "sft_vanilla", "sft_vanilla_rlvmr"]
+    assert {file.stem for file in ROWS} == {f"qwen{size}_{method}" for size in ("1.5b", "7b") for method in methods}
+    for file in FILES:
+        head = [line for line in file.read_text().splitlines() if line.startswith("#")]
+        named = [match for line in head for match in COMMAND.findall(line)]
+        assert [(match[2], match[3]) for match in named] == [(f"configs/{file.name}", "")], file
+        if "qwen" in file.name:
+            assert any("Paper" in line for line in head) and any("hardware" in line for line in head), file
+
+
+@pytest.mark.parametrize(
+    "sets", [(), ("env.level=L2",), ("env.name=scienceworld",), ("env.name=scienceworld", "env.level=L2")]
+)
+@pytest.mark.parametrize("file", ROWS, ids=lambda file: file.stem)
+def test_rows_start_from_the_cold_start_of_their_environment_and_level(file, sets):
+    config = configuration.load(file, sets)
+    ending = f"_{config.env.name}_{config.env.level}"
+    assert config.name.endswith(ending)
+    if config.model.path.startswith("runs/"):
+        cold = configuration.run_folder(config.model.path).name.removesuffix(ending)
+        start = configuration.load(tiny.ROOT / "configs" / f"{cold}.yaml", sets)
+        assert str(start.run_dir / "checkpoints" / "latest") == config.model.path
+        assert start.prompt_style == config.prompt_style and start.env == config.env
+        assert (start.sft.variant == "generative") == config.judge.enabled
+
+
+def test_names_can_hold_options(tmp_path):
+    path = tmp_path / "one.yaml"
+    path.write_text('name: "a_{env.level}_{seed}"\nmodel: {path: "runs/{prompt_style}/checkpoints/latest"}\n')
+    config = configuration.load(path, ["env.level=L2"])
+    assert (config.name, config.model.path) == ("a_L2_0", "runs/think/checkpoints/latest")
+    for wrong in ("{env.nosuch}", "{env}", "{nosuch}", "{env.name.upper}"):
+        with pytest.raises(ConfigError, match=re.escape(wrong)):
+            configuration.load(path, [f"name=a_{wrong}"])
+
+
+def test_memory_of_the_papers_models():
+    """Parameters as published; float32 weights and two moments, and what a method adds."""
+    count, phases = memory.phases(Config(), gpu_gib=80)
+    assert count == pytest.approx(1543.7, abs=0.1)
+    assert [phase.name for phase in phases] == ["collect", "score", "update"]
+    weights = 4 * 1543.7e6 / 2**30
+    assert phases[0].total == pytest.approx(weights * 4 + 40, rel=1e-3)  # trainer, two moments, reference, engine
+    assert phases[2].total > phases[1].total > phases[0].total
+    seven = tiny.changed(Config(), "model.path=Qwen/Qwen2.5-7B-Instruct", "algo.kl=0")
+    count, phases = memory.phases(seven, gpu_gib=80)
+    assert count == pytest.approx(7615.6, abs=0.1) and "reference" not in phases[0].parts
+    assert "does not fit" in memory.table(seven)
+    saving = tiny.changed(seven, "model.gradient_checkpointing=true")
+    assert memory.phases(saving, 80)[1][2].parts["activations"] < phases[2].parts["activations"] / 3
+    ppo = tiny.changed(seven, "algo.advantage=ppo", "rollout.group_size=1")
+    assert memory.phases(ppo, 80)[1][0].total == pytest.approx(phases[0].total + 3 * 4 * 7615.6e6 / 2**30, rel=1e-3)
+    unknown = tiny.changed(Config(), "model.path=runs/nosuch/checkpoints/latest")
+    assert "sizes are not known" in memory.table(unknown)
