@@ -163,15 +163,15 @@ class AlgoConfig:
     # which replies are invalid: those not well formed (as published), or also those whose action is not on offer
     invalid: Literal["malformed", "unavailable"] = "malformed"
     invalid_penalty: float = 0.1  # subtracted from the score of a row whose reply was invalid
-    # replies as long as rollout.max_response_tokens: train on them, leave them out of the loss and its denominators, or
-    # take overlong_penalty from their score, rising over the last overlong_cache tokens (DAPO)
+    # replies cut off at max_response_tokens: train on them, leave them out of the loss and its denominators, or take
+    # overlong_penalty from their score, and a rising part of it from those that end in the last overlong_cache tokens
     overlong: Literal["keep", "mask", "penalise"] = "keep"
     overlong_penalty: float = 1.0
     overlong_cache: int = 0
     # factor on negative advantages; below 1 a small model unlearns less of what it can read
     negative_weight: float = 1.0
     # NTHR: weaken the penalty on tokens of lost replies that pull won ones along; compared within the task's episodes,
-    # or within those rows of them that share an observation
+    # or within those rows of them that share an anchor
     nthr: bool = False
     nthr_group: Literal["task", "anchor_state"] = "task"
     nthr_beta: float = 1.0  # factor on the threshold of selection
@@ -332,8 +332,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             node = {parent: node}
         tree = _merge(tree, node)
     config = _build(Config, tree, "")
+    config = dataclasses.replace(config, name=_fill_in(config.name, config, "name"))
     model = dataclasses.replace(config.model, path=_fill_in(config.model.path, config, "model.path"))
-    config = dataclasses.replace(config, name=_fill_in(config.name, config, "name"), model=model)
+    config = dataclasses.replace(config, model=model)
     check(config)
     return config
 
@@ -425,7 +426,9 @@ def check_algo(config: Config) -> None:
         raise ConfigError("algo.importance compares engine and trainer; it needs train.old_logprobs=trainer")
     if algo.dual_clip is not None and algo.dual_clip <= 1:
         raise ConfigError(f"algo.dual_clip is {algo.dual_clip}; it bounds a ratio and must be above 1, or null")
-    shares = {"algo.similarity": algo.similarity, "algo.clip_low": algo.clip_low}
+    if algo.similarity is not None and not (0 < algo.similarity <= 1 and algo.advantage == "gigpo"):
+        raise ConfigError(f"algo.similarity={algo.similarity} must be in (0, 1], and is for algo.advantage=gigpo alone")
+    shares = {"algo.clip_low": algo.clip_low}
     shares |= {"algo.gamma": algo.gamma, "algo.token_gamma": algo.token_gamma, "algo.token_lambda": algo.token_lambda}
     for key, value in shares.items():
         if value is not None and not 0 <= value <= 1:
@@ -435,8 +438,13 @@ def check_algo(config: Config) -> None:
             raise ConfigError(f"algo.{key} is {getattr(algo, key)}; it must not be negative")
     if not 0 <= algo.importance_low <= 1 <= algo.importance_high:
         raise ConfigError("algo.importance_low and importance_high must enclose 1, the ratio of equal log-probs")
-    if not 0 <= algo.overlong_cache < config.rollout.max_response_tokens:
-        raise ConfigError(f"algo.overlong_cache={algo.overlong_cache} must be less than rollout.max_response_tokens")
+    limits = {"rollout": config.rollout.max_response_tokens}
+    limits |= {"judge": config.judge.max_response_tokens} if config.judge.enabled else {}
+    for where, limit in limits.items():
+        if not 0 <= algo.overlong_cache < limit:
+            raise ConfigError(
+                f"algo.overlong_cache={algo.overlong_cache} must be less than {where}.max_response_tokens"
+            )
 
 
 def check_world(config: Config, world: int) -> None:

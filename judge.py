@@ -232,17 +232,17 @@ def judge_metrics(questions: Sequence[Question]) -> dict[str, float]:
     """Accuracy by class, share of "1" answers and of answers without a verdict; counts alone if a class is missing."""
     answers = [(q.step.label, c.score) for q in questions for c in q.critiques]
     right = {cls: [score == cls for truth, score in answers if truth == cls] for cls in (0, 1)}
-    counts = {"questions": len(questions), "questions_too_long": sum(not q.answers for q in questions)}
+    counts = {"judge/questions": len(questions), "judge/questions_too_long": sum(not q.answers for q in questions)}
     if not all(right.values()):
         return counts
     by_class = {cls: float(np.mean(values)) for cls, values in right.items()}
     return counts | {
-        "accuracy": float(np.mean([truth == score for truth, score in answers])),
-        "accuracy_good": by_class[1],
-        "accuracy_flawed": by_class[0],
-        "balanced_accuracy": (by_class[0] + by_class[1]) / 2,
-        "answers_good": float(np.mean([score == 1 for _, score in answers])),
-        "format_failures": float(np.mean([score is None for _, score in answers])),
+        "judge/accuracy": float(np.mean([truth == score for truth, score in answers])),
+        "judge/accuracy_good": by_class[1],
+        "judge/accuracy_flawed": by_class[0],
+        "judge/balanced_accuracy": (by_class[0] + by_class[1]) / 2,
+        "judge/answers_good": float(np.mean([score == 1 for _, score in answers])),
+        "judge/format_failures": float(np.mean([score is None for _, score in answers])),
     }
 
 

@@ -371,15 +371,16 @@ def ppo_clip(
 def gspo(
     logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, row_T: Tensor, cfg: AlgoConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`ppo_clip` with one ratio per row, exp of its mean log-ratio, for each of its tokens; so with
-    cfg.aggregate "sequence" a row's loss is GSPO's. Its clips are some hundred times narrower than PPO's.
+    """`ppo_clip` with one ratio per row, exp of its mean log-ratio, for each of its tokens, whose gradient is each
+    token's own; with cfg.aggregate "sequence" a row's loss is GSPO's. Its clips are some hundred times narrower.
 
-    Arguments, results and errors as ppo_clip's. A row is one step of an episode. Source: GSPO (Zheng et al. 2025),
-    equations 5 and 7. With log-ratios (0, ln 4) in a row of A = 1 and wide clips: ratio 2, loss (-2, -2).
+    Arguments, results and errors as ppo_clip's. A row is one step of an episode. Source: GSPO (Zheng et al. 2025), its
+    token variant, which allows advantages by token and is the same where a row has one. With log-ratios (0, ln 4) in a
+    row of A = 1 and wide clips: ratio 2, loss (-2, -2).
     """
     _same_length(logp_T=logp_T, old_logp_T=old_logp_T, advantage_T=advantage_T, row_T=row_T)
-    mean_T = _row_sums(logp_T - old_logp_T.detach(), row_T, mean=True)  # [T]
-    return ppo_clip(mean_T, torch.zeros_like(mean_T), advantage_T, row_T, cfg)
+    mean_T = _row_sums((logp_T - old_logp_T).detach(), row_T, mean=True)  # [T]
+    return ppo_clip(mean_T + logp_T - logp_T.detach(), torch.zeros_like(mean_T), advantage_T, row_T, cfg)
 
 
 def cispo(

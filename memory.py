@@ -93,17 +93,23 @@ def phases(config: Config, gpu_gib: float) -> tuple[float, list[Phase]]:
     layers = sizes.num_hidden_layers
     kept = (layers * 4 * hidden * tokens / GIB + layer) if config.model.gradient_checkpointing else layers * layer
     logits = 3 * 4 * LOGIT_CHUNK * sizes.vocab_size / GIB
+    packed_mask = 3 * tokens**2 / GIB if config.model.attention == "sdpa" else 0.0  # as bool and in half precision
     held = {"trainer's weights": weights, "Adam": 2 * weights}
     if config.algo.kl > 0:
         held["reference"] = weights
     if config.algo.advantage == "ppo":
         held["critic, with Adam"] = 3 * weights
     held["engine"] = config.rollout.gpu_memory_utilization * gpu_gib
-    work = {"autocast's weights": half, "logits": logits}
+    work = {"autocast's weights": half, "logits": logits, "attention mask": packed_mask}
+    score = {"activations": layer}
+    if config.algo.nthr:  # hidden states and errors of a group's longest replies, over some 4096 tokens in use
+        group = config.rollout.group_size * config.env.max_steps * config.rollout.max_response_tokens
+        score["NTHR, at most"] = 4 * group * (2 * 4096 + 2 * hidden) / GIB
+    summed = {"gradients": weights, "their sum over ranks": weights}
     return count / 1e6, [
         Phase("collect", held),
-        Phase("score", held | work | {"activations": layer}),
-        Phase("update", held | work | {"activations": kept, "gradients": weights}),
+        Phase("score", held | work | score),
+        Phase("update", held | work | {"activations": kept} | summed),
     ]
 
 

@@ -467,8 +467,7 @@ def head_logprobs(
 def token_values(critic: Actor, rows: Sequence[Row]) -> torch.Tensor:
     """The critic's value where each response token of `rows` is predicted, in units of reward: float32 [T]."""
     hidden_TH, _ = last_hidden(critic, rows)  # [T, H]
-    with critic.autocast():
-        return critic.model.score(hidden_TH)[:, 0].float()  # [T]
+    return critic.model.score(hidden_TH.float())[:, 0]  # [T] not under autocast: bfloat16 would round returns of 10
 
 
 def output_errors(
@@ -480,10 +479,11 @@ def output_errors(
     """
     head = actor.model.get_output_embeddings()
     vocabulary, index_T = target_T.unique(return_inverse=True)  # [V], [T]
-    logit_TV = hidden_TH.float() @ head.weight[vocabulary].float().T / temperature  # [T, V]
-    total_T = logit_TV.gather(1, index_T[:, None])[:, 0] - logp_T  # [T] log of the softmax's denominator
-    one_hot_TV = torch.nn.functional.one_hot(index_T, len(vocabulary))  # [T, V]
-    return one_hot_TV - (logit_TV - total_T[:, None]).exp()  # [T, V]
+    with actor.autocast():  # as logp_T was computed
+        error_TV = torch.nn.functional.linear(hidden_TH, head.weight[vocabulary]).float() / temperature  # [T, V]
+    total_T = error_TV.gather(1, index_T[:, None])[:, 0] - logp_T  # [T] log of the softmax's denominator
+    error_TV.sub_(total_T[:, None]).exp_().neg_()  # in place: this is the largest tensor of a run
+    return error_TV.scatter_add_(1, index_T[:, None], torch.ones_like(logp_T)[:, None])  # [T, V]
 
 
 @torch.no_grad()

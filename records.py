@@ -23,7 +23,9 @@ from config import Config, ConfigError
 from model import Actor, Row, point_latest, save_model
 from rollout import Episode
 
-FREE_TO_CHANGE = {  # when a run goes on: what does not change the training, or is the cure of what ended it
+# When a run goes on: what does not change the training, or is the cure of what ended it. The number of iterations only
+# where the learning rate does not hang on it.
+FREE_TO_CHANGE = {
     "train.iterations",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -97,8 +99,9 @@ def rollout_metrics(episodes: Sequence[Episode], counts: dict[str, int]) -> dict
     }
 
 
-def row_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Shares of rows that carry no signal, by kind; of tokens whose penalty NTHR weakened, and that count nowhere."""
+def row_metrics(rows: Sequence[Row], config: Config) -> dict[str, float]:
+    """Shares of rows that carry no signal, by kind; of tokens whose penalty NTHR weakened, and that count nowhere; the
+    mean importance weight."""
     record = {}
     for judged, name in ((False, "train"), (True, "judge")):
         kind = [row for row in rows if row.judge == judged]
@@ -111,8 +114,11 @@ def row_metrics(rows: Sequence[Row]) -> dict[str, float]:
             }
             if not judged:
                 record["train/nthr_weakened"] = sum(row.weakened for row in kind) / tokens
-    weights = [row.weights for row in rows if row.weights is not None]
-    return record | ({"mismatch/weight": float(np.concatenate(weights).mean())} if weights else {})
+    if config.algo.importance != "none":
+        cut = config.algo.overlong == "mask"
+        weights = [row.weights for row in rows if row.weights is not None and not (cut and row.truncated)]
+        record["mismatch/weight"] = float(np.concatenate([*weights, np.ones(0)]).mean()) if weights else 1.0
+    return record
 
 
 class Log:
@@ -211,9 +217,10 @@ def find_checkpoint(config: Config) -> tuple[Path | None, dict]:
     state = torch.load(folder / "trainer" / "state.pt", weights_only=True, map_location="cpu")
     now, default = (_flat(configuration.to_dict(one)) for one in (config, Config()))
     then = default | _flat(state["config"])  # an option that is younger than the run had its default's effect
-    changed = [
-        key for key in now | then if now.get(key) != then.get(key) and not {key, key.split(".")[0]} & FREE_TO_CHANGE
-    ]
+    free = FREE_TO_CHANGE - ({"train.iterations"} if config.train.schedule == "linear" else set())
+    changed = [key for key in now | then if now.get(key) != then.get(key) and not {key, key.split(".")[0]} & free]
+    if "optimizers" not in state:
+        raise ConfigError(f"{folder} was saved by another version of the project: choose another name (--set name=...)")
     if changed:
         raise ConfigError(
             f"{config.run_dir} was made with other settings ({', '.join(changed)}): choose another name "

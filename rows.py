@@ -28,7 +28,7 @@ def actor_rows(episodes: Sequence[Episode], config: Config) -> list[Row]:
     """One row per action, with its advantage (also written to the step, for the record). Groups must be whole.
 
     An episode left alone, the others of its group having been discarded, has nothing to be compared with and gets 0.
-    With PPO the advantage is the score until add_critic() has seen the critic's values.
+    With PPO the advantage is the score until add_critic() has seen the critic's values; in the record it stays that.
     """
     algo, longest = config.algo, config.rollout.max_response_tokens
     steps = [(episode, step) for episode in episodes for step in episode.steps]
@@ -129,8 +129,10 @@ def has_gradient(row: Row, config: Config) -> bool:
 
 
 def needs_score(row: Row, config: Config) -> bool:
-    """Whether the models must score a row: it has a gradient, or its tokens may be rejected from a denominator."""
-    return has_gradient(row, config) or config.algo.importance == "mask"
+    """Whether the models must score a row: it has a gradient, or PPO's critic may give it one, or its tokens may be
+    rejected from a denominator."""
+    criticised = config.algo.advantage == "ppo" and not row.judge
+    return has_gradient(row, config) or criticised or config.algo.importance == "mask"
 
 
 def weigh(rows: Sequence[Row], config: Config) -> None:
@@ -149,10 +151,11 @@ def weigh(rows: Sequence[Row], config: Config) -> None:
 def add_critic(rows: Sequence[Row], config: Config) -> None:
     """PPO: turn the scores of all ranks' actions into whitened advantages of their tokens, and values to train towards.
 
-    Needs row.values. A row is a sequence of its own: its score is the reward of its last token, as published.
+    Needs row.values. A row is a sequence of its own: its score is the reward of its last token, as published. Rows
+    that count nowhere are left as they are.
     """
     algo = config.algo
-    acted = [row for row in rows if not row.judge]
+    acted = [row for row in rows if not row.judge and row.counted]
     lengths = torch.tensor([len(row.response_ids) for row in acted])
     row_T = torch.arange(len(acted)).repeat_interleave(lengths)  # [T]
     reward_T = torch.zeros(len(row_T))  # [T]

@@ -77,16 +77,7 @@ def train(config: Config) -> None:
     train_tasks = preflight(config, world)
     checkpoint, state = find_checkpoint(config)
     folder = str(checkpoint or config.model.path)
-    actor = load_actor(config, path=folder)
-    reference = load_actor(config) if config.algo.kl > 0 else None  # the initial model, also after a resume
-    critic = load_critic(config, actor, critic_folder(folder)) if config.algo.advantage == "ppo" else None
-    optimizers = [
-        make_optimizer(one.model, lr, config.train.weight_decay, config.train.betas)
-        for one, lr in ((actor, config.train.lr), (critic, config.train.critic_lr))
-        if one
-    ]
-    for optimizer, kept in zip(optimizers, state["optimizers"] if state else (), strict=bool(state)):
-        optimizer.load_state_dict(kept)
+    actor, reference, critic, optimizers = load_models(config, folder, state)
     start, advice, rules = (state[key] for key in ("iteration", "advice", "rules")) if state else (0, [], [])
     engine = make_engine(config, actor, folder)
     own_groups, own_questions = config.rollout.groups // world, config.judge.questions // world
@@ -102,8 +93,8 @@ def train(config: Config) -> None:
         tasks = dict(zip(groups, sample_tasks(train_tasks, config, iteration)[groups.start : groups.stop], strict=True))
 
         # ---- Collect; groups that all won or all lost may be drawn again
+        play = {"iteration": iteration, "suggestions": rules, "counts": counts}
         with clock("collect"):
-            play = {"iteration": iteration, "suggestions": rules, "counts": counts}
             episodes, passed_over = collect_groups(engine, pool, tasks, train_tasks, config, play)
 
         # ---- Label and ask (GCD)
@@ -120,13 +111,12 @@ def train(config: Config) -> None:
         # ---- Score: what the models say of the rows before the update; then every rank gets to see every row
         with clock("score"):
             score(actor, reference, critic, rows, config)
-        rows, questions = gather(rows), gather(questions)
+        rows, questions, episodes = gather(rows), gather(questions), gather(episodes + passed_over)
+        metrics = rollout_metrics(episodes, total(gather([counts])))
+        metrics |= judge.judge_metrics(questions) if config.judge.enabled else {}
         if critic:
             add_critic(rows, config)
-        episodes = gather(episodes + passed_over)
-        metrics = rollout_metrics(episodes, total(gather([counts]))) | row_metrics(rows)
-        if config.judge.enabled:
-            metrics |= {f"judge/{key}": value for key, value in judge.judge_metrics(questions).items()}
+        metrics |= row_metrics(rows, config)
 
         # ---- Update: L = L_GRPO + judge.weight L_GCD
         with clock("update"):
@@ -151,11 +141,9 @@ def train(config: Config) -> None:
                 results, _ = evaluate_levels(engine, config, rules, pool=pool)
             metrics |= {f"eval/{level}": result["success"] for level, result in results.items()}
 
-        # ---- Log
+        # ---- Log, then save, so that a checkpoint never lacks its iteration's record
         if log:
             log.write(iteration, metrics | clock.metrics(rows), episodes, questions, rules)
-
-        # ---- Save: last, so that a checkpoint never lacks its iteration's record
         if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == config.train.iterations:
             if rank == 0:
                 save_checkpoint(actor, critic, optimizers, config, iteration + 1, advice, rules)
@@ -164,6 +152,23 @@ def train(config: Config) -> None:
     if rank == 0:
         print(f"{config.train.iterations} iterations done: {config.run_dir / 'checkpoints' / 'latest'}", flush=True)
     engine.close()
+
+
+def load_models(
+    config: Config, folder: str, state: dict
+) -> tuple[Actor, Actor | None, Actor | None, list[torch.optim.Optimizer]]:
+    """The actor of `folder`, the reference (the initial model, also after a resume) for a KL term, PPO's critic, and
+    the optimizers of actor and critic, as `state` has them."""
+    actor = load_actor(config, path=folder)
+    reference = load_actor(config) if config.algo.kl > 0 else None
+    critic = load_critic(config, actor, critic_folder(folder)) if config.algo.advantage == "ppo" else None
+    train = config.train
+    optimizers = [make_optimizer(actor.model, train.lr, train.weight_decay, train.betas)]
+    if critic:
+        optimizers.append(make_optimizer(critic.model, train.critic_lr, train.weight_decay, train.betas))
+    for optimizer, kept in zip(optimizers, state.get("optimizers", []), strict=bool(state)):
+        optimizer.load_state_dict(kept)
+    return actor, reference, critic, optimizers
 
 
 def preflight(config: Config, world: int) -> list[envs.Task]:
@@ -202,6 +207,8 @@ def collect_groups(
     """Play the tasks, by group; a group whose returns are all the same gives way to another game's, at most
     rollout.redraws times. Returns the episodes to train on, and those passed over. The same for every world size.
     """
+    drawn = sample_tasks(train_tasks, config, play["iteration"])
+    others = [task for task in train_tasks if task not in drawn] or train_tasks
     kept = collect(engine, pool, list(tasks.values()), config, groups=list(tasks), **play)
     passed_over: list[Episode] = []
     for attempt in range(1, config.rollout.redraws + 1):
@@ -215,7 +222,7 @@ def collect_groups(
         for group in dull:
             place = group % config.rollout.groups
             rng = random.Random(f"redraw {config.seed} {play['iteration']} {place} {attempt}")
-            games[place + attempt * config.rollout.groups] = rng.choice(train_tasks)
+            games[place + attempt * config.rollout.groups] = rng.choice(others)
         passed_over += [episode for episode in kept if episode.group in dull]
         kept = [episode for episode in kept if episode.group not in dull]
         kept += collect(engine, pool, list(games.values()), config, groups=list(games), **play)
@@ -248,7 +255,7 @@ def score(actor: Actor, reference: Actor | None, critic: Actor | None, rows: Seq
 
 
 def contrast(actor: Actor, rows: Sequence[Row], config: Config) -> None:
-    """NTHR: weaken the advantage of those tokens of lost rows that pull the group's won rows along.
+    """NTHR: weaken the negative advantage of those tokens of lost rows that pull the group's won rows along.
 
     The pass that gives the old policy's log-probs gives its hidden states, too.
     """
@@ -274,7 +281,8 @@ def contrast(actor: Actor, rows: Sequence[Row], config: Config) -> None:
         for row, logprobs, factor in zip(ordered, logp_T.split(lengths), factor_T.split(lengths), strict=True):
             if config.train.old_logprobs == "trainer":
                 row.old_logprobs = logprobs.float().cpu().numpy()
-            row.advantage, row.weakened = row.advantage * factor.cpu().numpy(), int((factor != 1).sum())
+            if row.advantage < 0:
+                row.advantage, row.weakened = row.advantage * factor.cpu().numpy(), int((factor != 1).sum())
 
 
 def update(
@@ -337,15 +345,15 @@ def _update_metrics(own: dict[str, float], gap_T: np.ndarray, updates: int) -> d
     gaps = {"gap": np.abs(gap_T).sum(), "gap_kl": (np.exp(gap_T) - 1 - gap_T).sum(), "gaps": len(gap_T)}
     sums = total(gather([own | {key: float(value) for key, value in gaps.items()}]))
     worst = max(gather([float(np.abs(gap_T).max(initial=0.0))]))
-    seen = max(1.0, sums.get("seen", 0.0))
+    seen, kept = (max(1.0, sums.get(name, 0.0)) for name in ("seen", "kept"))
     return {
         "train/loss_actor": sums.get("loss_actor", 0.0) / updates,
         "train/loss_judge": sums.get("loss_judge", 0.0) / updates,
-        "train/kl": sums.get("kl", 0.0) / seen,
+        "train/kl": sums.get("kl", 0.0) / kept,
         "train/entropy": sums.get("entropy", 0.0) / seen,
-        "train/ratio": sums.get("ratio", 0.0) / seen,
-        "train/clip_fraction": sums.get("clip_fraction", 0.0) / seen,
-        "train/approx_kl": sums.get("approx_kl", 0.0) / seen,
+        "train/ratio": sums.get("ratio", 0.0) / kept,
+        "train/clip_fraction": sums.get("clip_fraction", 0.0) / kept,
+        "train/approx_kl": sums.get("approx_kl", 0.0) / kept,
         "train/grad_norm": sums["grad_norm"] / updates,
         "train/updates": updates,
         "train/tokens": sums.get("real", 0.0),
@@ -377,6 +385,8 @@ def micro_batch_loss(
 
     row_T = torch.arange(len(rows)).repeat_interleave(lengths).to(device)  # [T]
     judged_T = column([row.judge for row in rows]) > 0  # [T]
+    if missing := sum(row.old_logprobs is None for row in rows):
+        raise ValueError(f"{missing} rows have a gradient, but score() has not seen them")
     advantage_T, old_T = column([row.advantage for row in rows]), column([row.old_logprobs for row in rows])  # [T] each
     weight_T = column([1.0 if row.weights is None else row.weights for row in rows])  # [T]
     ref_T = column([row.ref_logprobs for row in rows]) if algo.kl else None  # [T]
@@ -399,6 +409,7 @@ def micro_batch_loss(
         parts[name] = float(share.detach())
         for key, value in seen.items():
             parts[key] = parts.get(key, 0.0) + float(value) * int(mask_T.sum())
+        parts["kept"] = parts.get("kept", 0) + int(mask_T.sum())
     parts |= {"entropy": float(entropy_T.detach().sum()), "seen": len(logp_T)}
     return loss, parts
 
@@ -412,8 +423,8 @@ def update_critic(
     sums: dict[str, float] = defaultdict(float)
     critic.model.train()
     for batch in batches:
-        tokens = sum(len(row.response_ids) for share in batch for row in share if not row.judge)
-        own = [row for row in batch[rank] if not row.judge]
+        tokens = sum(len(row.returns) for share in batch for row in share if row.returns is not None)
+        own = [row for row in batch[rank] if row.returns is not None]
         for group in micro_batches(own, config.train.tokens_per_micro_batch, critic.packed):
             part = [own[index] for index in group]
             value_T = token_values(critic, part)  # [T]
@@ -431,7 +442,7 @@ def update_critic(
         sums["grad_norm"] += step(critic.model, optimizer, lr, config.train.max_grad_norm) / world
     critic.model.eval()
     sums = total(gather([sums]))
-    acted = [row for row in rows if not row.judge]
+    acted = [row for row in rows if row.returns is not None]
     value_T, return_T = (np.concatenate([getattr(row, name) for row in acted]) for name in ("values", "returns"))  # [T]
     return {
         "critic/loss": sums["loss"] / len(batches),

@@ -72,6 +72,8 @@ def test_names_can_hold_options(tmp_path):
     path.write_text('name: "a_{env.level}_{seed}"\nmodel: {path: "runs/{prompt_style}/checkpoints/latest"}\n')
     config = configuration.load(path, ["env.level=L2"])
     assert (config.name, config.model.path) == ("a_L2_0", "runs/think/checkpoints/latest")
+    config = configuration.load(path, ["name=b_{env.level}", "model.path=runs/{name}/checkpoints/latest"])
+    assert config.model.path == "runs/b_L0/checkpoints/latest"
     for wrong in ("{env.nosuch}", "{env}", "{nosuch}", "{env.name.upper}"):
         with pytest.raises(ConfigError, match=re.escape(wrong)):
             configuration.load(path, [f"name=a_{wrong}"])

@@ -305,9 +305,9 @@ def test_answers_are_rewarded_by_their_verdicts() -> None:
         assert all(answer.tag == "judge" for answer in question.answers)
         assert question.answers[1].action == "look"
     metrics = judge.judge_metrics(questions)
-    assert metrics.pop("questions") == 4 and metrics.pop("questions_too_long") == 0
+    assert metrics.pop("judge/questions") == 4 and metrics.pop("judge/questions_too_long") == 0
     shares = ("accuracy", "accuracy_good", "accuracy_flawed", "balanced_accuracy", "answers_good", "format_failures")
-    assert metrics == dict.fromkeys(shares, pytest.approx(1 / 3))
+    assert metrics == {f"judge/{share}": pytest.approx(1 / 3) for share in shares}
     assert judge.advice_of(questions) == ["Go on.", "Go on."]  # of the right verdicts alone
     again = pick(labelled(4, 4), 4, random.Random(0))
     other = Oracle(answers)
@@ -322,14 +322,15 @@ def test_a_question_over_the_limit_stays_unanswered_and_is_counted() -> None:
     judge.ask(Oracle(["<answer>1</answer>"]), questions, config, iteration=0)
     assert [len(question.answers) for question in questions] == [0, 2, 2, 2, 2, 2]
     metrics = judge.judge_metrics(questions)
-    assert metrics["questions_too_long"] == 1
-    assert (metrics["accuracy_good"], metrics["accuracy_flawed"], metrics["accuracy"]) == (1, 0, pytest.approx(4 / 10))
+    assert metrics["judge/questions_too_long"] == 1
+    found = [metrics[f"judge/accuracy{of}"] for of in ("_good", "_flawed", "")]
+    assert found == [1, 0, pytest.approx(4 / 10)]
 
 
 def test_no_questions_no_answers() -> None:
     engine = Oracle([])
     judge.ask(engine, [], Config(), iteration=0)
-    assert engine.asked == [] and judge.judge_metrics([]) == {"questions": 0, "questions_too_long": 0}
+    assert engine.asked == [] and judge.judge_metrics([]) == {"judge/questions": 0, "judge/questions_too_long": 0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

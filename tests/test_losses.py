@@ -541,6 +541,12 @@ def test_gspo_has_one_ratio_a_row():
     assert_close(loss.detach(), [2.0, 1.1, 2.0])
     loss.sum().backward()
     assert_close(logp.grad, [2.0, 1.1, 2.0])
+    # advantages by token stay with their tokens
+    logp.grad = None
+    loss, _ = gspo(logp, old, tensor(-1.0, -1.0, -4.0), tensor(3, 1, 3), cfg)
+    assert_close(loss.detach(), [2.0, 1.1, 8.0])
+    loss.sum().backward()
+    assert_close(logp.grad, [2.0, 1.1, 8.0])
 
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens():

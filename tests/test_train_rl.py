@@ -25,7 +25,7 @@ import rows as row_making
 import train_rl
 from config import Config, ConfigError
 from model import Actor, Row, all_logprobs, load_actor, load_critic, make_optimizer
-from records import find_checkpoint, rollout_metrics
+from records import find_checkpoint, rollout_metrics, row_metrics
 from rollout import Episode, Step
 from rows import actor_rows, add_critic, mini_batches
 from train_rl import sample_tasks, score, update, update_critic
@@ -172,7 +172,9 @@ def test_update_equals_a_padded_reference(initial, rows, config, packed, method)
         if not kept.any():
             continue
         own, old, ref, weight = own[kept], old[kept], ref[kept], weight[kept]
-        ratio = (own - old).mean().exp().expand(len(own)) if method == "gspo" else (own - old).exp()
+        ratio = (own - old).exp()
+        if method == "gspo":  # the row's ratio, with each token's own gradient
+            ratio = ((own - old).mean().detach() + own - own.detach()).exp()
         bounded = ratio.clamp(0.99, 1.02)
         if method == "cispo":
             loss = -row.advantage * bounded.detach() * own
@@ -238,7 +240,7 @@ def test_good_rows_become_likelier_and_bad_ones_less(initial, rows, config):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_leaving_out_rows_without_advantage_changes_nothing(initial, rows, config, monkeypatch, momentum):
     """Also where mini-batches of one row are left without any: the momentum of earlier ones goes on all the same."""
-    config = changed(config, "train.rows_per_update=1")
+    config = changed(config, "train.rows_per_update=1", "train.max_grad_norm=0.1")
     short, fast = after(initial, rows, config, 5e-4, momentum)
     for module in (row_making, train_rl):
         monkeypatch.setattr(module, "has_gradient", lambda row, config: True)
@@ -630,6 +632,41 @@ def test_every_method_trains(method, gcd, small_games, tmp_path, monkeypatch):
         assert tags > {"planning", "explore"}
 
 
+def test_ppo_trains_on_lost_episodes_too(initial, rows, config):
+    """Their score is 0, and it is the critic that gives their tokens an advantage; without KL or entropy bonus."""
+    config = changed(config, "algo.advantage=ppo", "algo.kl=0", "algo.entropy=0", "train.critic_lr=0.01")
+    acted = [dataclasses.replace(row, judge=False, advantage=float(n % 2)) for n, row in enumerate(rows)]
+    critic = load_critic(config, initial, config.model.path)
+    torch.nn.init.constant_(critic.model.score.bias, 0.25)
+    score(initial, None, critic, acted, config)
+    add_critic(acted, config)
+    tokens = np.concatenate([row.advantage for row in acted])
+    assert abs(tokens.mean()) < 1e-6 and tokens.std(ddof=1) == pytest.approx(1)
+    assert {len(set(row.advantage)) for row in acted} == {1}  # equal values, gamma = lambda = 1: each score, whitened
+    with pytest.raises(ValueError, match="score"):
+        update(initial, None, [dataclasses.replace(row, old_logprobs=None) for row in acted], config, 0)
+    lost = [row for row in acted if row.returns[0] == 0]
+    actor = disturbed(initial, 0)
+    optimizer = torch.optim.SGD(actor.model.parameters(), lr=1.0)
+    metrics = update(actor, optimizer, lost, config, 0)
+    assert len(lost) == 12 and metrics["train/grad_norm"] > 0 and np.isfinite(list(metrics.values())).all()
+
+
+def test_metrics_of_masked_tokens_are_means_over_the_others(initial, rows, config):
+    config = changed(config, "algo.importance=mask", "algo.importance_high=1.2", "algo.kl=0.1")
+    reference = disturbed(initial, 0.02)
+    ready = scored(initial, off_policy(rows), config, reference)
+    _, metrics = after(initial, off_policy(rows), config, reference=reference)
+    gap = np.concatenate([(row.old_logprobs - row.ref_logprobs)[row.weights > 0] for row in ready])
+    assert metrics["train/ratio"] == pytest.approx(1, abs=1e-4)
+    assert metrics["train/kl"] == pytest.approx((np.exp(-gap) - 1 + gap).clip(-10, 10).mean(), rel=1e-3)
+    found = row_metrics(ready, config)
+    assert found["train/masked"] == pytest.approx(
+        1 - sum(row.counted for row in ready if not row.judge) / sum(len(r.response_ids) for r in ready if not r.judge)
+    )
+    assert found["mismatch/weight"] == pytest.approx(np.concatenate([row.weights for row in ready]).mean())
+
+
 def test_a_resumed_critic_is_the_one_that_was_saved(small_games, tmp_path, monkeypatch):
     settings = [*METHODS["ppo"], *PLAIN, "train.checkpoint_every=1"]
     whole = run_here(small_games, tmp_path / "whole", monkeypatch, *settings)
@@ -654,6 +691,8 @@ def test_groups_of_equal_returns_are_drawn_again(small_games, tmp_path, monkeypa
     assert record["rollout/redrawn"] == sum(group < 8 for group in dull) > 0
     assert set(groups) == set(range(4)) | {group + 4 for group in dull if group < 8}
     assert record["rollout/episodes"] == len(episodes) == 4 * len(groups)
+    first = {episode["task"]["id"] for group in range(4) for episode in groups[group]}
+    assert not first & {episode["task"]["id"] for group in groups if group >= 4 for episode in groups[group]}
     last = [group for group in groups if group >= 8 or group not in dull]
     assert record["train/rows"] == sum(len(member["steps"]) for group in last for member in groups[group])
 
@@ -677,7 +716,7 @@ def test_masks_and_length_penalties(small_games, tmp_path, monkeypatch):
 def test_nthr_in_one_pass_equals_its_definition(initial, rows, config, packed):
     """Row by row with full softmax rows, written out from the paper; and the log-probs of the same pass are right."""
     config = changed(config, "algo.nthr=true", "algo.nthr_beta=0.5", "train.tokens_per_micro_batch=300")
-    acted = [dataclasses.replace(row, judge=False, advantage=1.0 + n) for n, row in enumerate(rows)][:9]
+    acted = [dataclasses.replace(row, judge=False, advantage=-1.0 - n) for n, row in enumerate(rows)][:9]
     for n, row in enumerate(acted):  # group 0: trajectories 0 (won), 1, 2 of two rows each; group 1: all lost
         row.group, row.trajectory, row.won = n // 6, n // 2, n < 2
     temperature, model = config.rollout.temperature, initial.model
@@ -705,6 +744,11 @@ def test_nthr_in_one_pass_equals_its_definition(initial, rows, config, packed):
     assert 0 < sum(row.weakened for row in mixed) < sum(len(row.response_ids) for row in mixed[2:])
     for row, was, factor in zip(acted, before, [*expected, 1.0, 1.0, 1.0], strict=True):
         np.testing.assert_allclose(row.advantage, was * factor, rtol=1e-6)
+    praised = [
+        dataclasses.replace(row, advantage=0.5, weakened=0, old_logprobs=None) for row in acted
+    ]  # a reward stays whole
+    score(actor, None, None, praised, config)
+    assert all(row.advantage == 0.5 and not row.weakened for row in praised)
     plain = all_logprobs(actor, acted, 9999, temperature)
     for row, logprobs in zip(acted, plain, strict=True):
         np.testing.assert_allclose(row.old_logprobs, logprobs, atol=1e-5)
