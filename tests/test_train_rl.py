@@ -245,7 +245,7 @@ def test_leaving_out_rows_without_advantage_changes_nothing(initial, rows, confi
     for module in (row_making, train_rl):
         monkeypatch.setattr(module, "has_gradient", lambda row, config: True)
     full, slow = after(initial, rows, config, 5e-4, momentum)
-    assert distance(short, full) < 2e-6 < 1e-4 < distance(full, initial.model.state_dict())
+    assert distance(short, full) < 2e-6 < 1e-5 < distance(full, initial.model.state_dict())
     assert fast["train/tokens"] < 0.9 * slow["train/tokens"] == 0.9 * sum(row.tokens for row in rows)
     for key in ("train/loss_actor", "train/loss_judge", "train/grad_norm"):
         assert fast[key] == pytest.approx(slow[key], rel=1e-5, abs=1e-5), key
