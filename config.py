@@ -215,16 +215,35 @@ class JudgeConfig:
     weight: float = 1.0  # factor on L_GCD
     questions: int = 16  # judged steps per iteration, over all ranks, half of them good where labels allow
     group_size: int = 8  # answers per question
-    # who labels steps the rules leave open: nobody, or the environment's own expert
-    teacher: Literal["none", "expert"] = "none"
-    teacher_steps: int = 64  # unlabelled steps the teacher is shown per iteration, over all ranks
     max_prompt_tokens: int = 3072
     max_response_tokens: int = 512
+    # who labels steps the rules leave open: nobody, the environment's own expert, or a model behind an endpoint
+    teacher: Literal["none", "expert", "openai"] = "none"
+    teacher_steps: int = 64  # unlabelled steps the teacher is shown per iteration, over all ranks
+    # teacher=openai: any OpenAI-compatible endpoint; the paper's is DeepSeek-V3
+    base_url: str = "https://api.deepseek.com"
+    model: str = "deepseek-chat"
+    key_env: str = "DEEPSEEK_API_KEY"  # the environment variable that holds the key; empty: the endpoint needs none
+    votes: int = 1  # answers asked per step
+    agreement: Literal["majority", "unanimous"] = "majority"  # of the votes, for a label
+    teacher_temperature: float = 0.0
+    concurrency: int = 16  # requests in flight per rank
+    timeout_s: float = 60.0
+    retries: int = 4  # of a request that met 429, 5xx, a time-out or a dropped connection; pauses grow
+    max_answer_tokens: int = 1024
+    max_requests: int = 100_000  # of the whole run; after that nothing is asked
+    max_tokens: int = 200_000_000  # likewise, prompts and answers together
+    cache: str = "data/teacher"  # folder of the answers
 
 
 @dataclass(frozen=True)
 class GuidelinesConfig:
-    every: int = 0  # iterations between refreshes of the golden rules; 0: no guidelines
+    every: int = 0  # iterations between refreshes of the golden rules; 0: none are made
+    file: str = ""  # text file of rules to start with, one a line; with every=0 they stay
+    # who distils advice into a rule: the teacher, the actor, or nobody (the theme's most central sentence is the rule);
+    # auto: the teacher where it is openai, else the actor
+    writer: Literal["auto", "teacher", "actor", "medoid"] = "auto"
+    shown: int = 32  # advice sentences of a theme that the writer is shown, the most frequent first
     pool: int = 512  # newest advice sentences kept
     max_chars: int = 200  # length cap of one rule
     themes: tuple[str, ...] = (
@@ -256,10 +275,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    # generative: plus critic rows; reading: random behaviour, for `make base`
-    variant: Literal["vanilla", "generative", "reading"] = "vanilla"
+    # generative: plus critic rows; value: plus judged steps for a value head, a classifier; reading: random behaviour,
+    # for `make base`
+    variant: Literal["vanilla", "generative", "value", "reading"] = "vanilla"
+    writer: Literal["template", "teacher"] = (
+        "template"  # of thoughts and critiques; the teacher is judge.teacher=openai
+    )
     episodes: int = 300  # expert (reading: random) episodes
-    critic_examples: int = 100  # judged steps in the critic's format (generative)
+    critic_examples: int = 100  # judged steps (generative, value)
     noise: float = 0.0  # share of random actions played, but not taught, in the episodes
     idle: float = 0.0  # how often the expert first does something pointless, and teaches it: flaws for RL to remove
     guided: float = 0.0  # share of prompts that carry guidelines
@@ -409,6 +432,7 @@ def check(config: Config) -> None:
         raise ConfigError("sft.noise, sft.idle and sft.variant=reading are made of ALFWorld's actions; leave them out")
     if config.guidelines.every and not config.judge.enabled:
         raise ConfigError("guidelines.every needs judge.enabled=true: golden rules are distilled from critiques")
+    check_teacher(config)
 
 
 def check_algo(config: Config) -> None:
@@ -445,6 +469,23 @@ def check_algo(config: Config) -> None:
             raise ConfigError(
                 f"algo.overlong_cache={algo.overlong_cache} must be less than {where}.max_response_tokens"
             )
+
+
+def check_teacher(config: Config) -> None:
+    """Constraints of whoever labels and writes. Raises ConfigError."""
+    judge = config.judge
+    if judge.votes > 1 and judge.teacher == "openai" and judge.teacher_temperature == 0:
+        raise ConfigError(
+            "judge.votes counts equal answers at judge.teacher_temperature=0; raise it, for instance to 0.7"
+        )
+    for key in ("votes", "concurrency", "timeout_s", "max_answer_tokens"):
+        if getattr(judge, key) <= 0:
+            raise ConfigError(f"judge.{key} is {getattr(judge, key)}; it must be positive")
+    for key, writer in (("guidelines", config.guidelines.writer), ("sft", config.sft.writer)):
+        if writer == "teacher" and judge.teacher != "openai":
+            raise ConfigError(f"{key}.writer=teacher needs judge.teacher=openai")
+    if config.guidelines.file and not Path(config.guidelines.file).is_file():
+        raise ConfigError(f"guidelines.file={config.guidelines.file} does not exist; it holds one rule a line")
 
 
 def check_world(config: Config, world: int) -> None:

@@ -13,7 +13,8 @@ without a verdict earns 0; without a language model to distil them, a theme's ru
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +23,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 import envs
 import games
 import prompts
-from config import Config, EnvConfig, GuidelinesConfig
+from config import Config, EnvConfig, GuidelinesConfig, JudgeConfig
 from rollout import Engine, Episode, Sampling, Step, cut_off, stable_seed
+from teacher import Teacher
 
 
 def label(episode: Episode) -> list[int | None]:
@@ -134,10 +136,12 @@ def expert_verdict(env_cfg: EnvConfig, task: envs.Task, before: Sequence[str], a
     return teacher.judge(action), better
 
 
-def label_episodes(episodes: Sequence[Episode], config: Config, rng: random.Random, budget: int) -> dict[str, float]:
+def label_episodes(
+    episodes: Sequence[Episode], config: Config, rng: random.Random, budget: int, teacher: Teacher | None = None
+) -> dict[str, float]:
     """Write each step's label and its source: the rules first, then the teacher on `budget` random open steps.
 
-    As in the paper, only what the teacher calls good is used: flawed steps abound by rule.
+    As in the paper, only what the teacher calls good is used: flawed steps abound by rule. Returns counts for the log.
     """
     open_steps: list[tuple[int, int]] = []  # (episode, step)
     for number, episode in enumerate(episodes):
@@ -145,10 +149,15 @@ def label_episodes(episodes: Sequence[Episode], config: Config, rng: random.Rand
             step.label, step.label_source = verdict, "" if verdict is None else "rule"
             if verdict is None:
                 open_steps.append((number, index))
-    asked = rng.sample(open_steps, min(budget, len(open_steps))) if config.judge.teacher == "expert" else []
-    verdicts = {number: expert_labels(config.env, episodes[number]) for number in {number for number, _ in asked}}
-    for number, index in asked:
-        if verdicts[number][index] == 1:
+    asked = rng.sample(open_steps, min(budget, len(open_steps))) if config.judge.teacher != "none" else []
+    before = Counter(teacher.spent) if teacher else Counter()
+    if teacher:
+        verdicts = teacher_labels(teacher, [episodes[number].steps[index] for number, index in asked], config)
+    else:
+        known = {number: expert_labels(config.env, episodes[number]) for number in {number for number, _ in asked}}
+        verdicts = [known[number][index] for number, index in asked]
+    for (number, index), verdict in zip(asked, verdicts, strict=True):
+        if verdict == 1:
             step = episodes[number].steps[index]
             step.label, step.label_source = 1, "teacher"
     steps = [step for episode in episodes for step in episode.steps]
@@ -157,7 +166,31 @@ def label_episodes(episodes: Sequence[Episode], config: Config, rng: random.Rand
         "label_good_teacher": sum(step.label_source == "teacher" for step in steps),
         "label_flawed": sum(step.label == 0 for step in steps),
         "teacher_asked": len(asked),
+        "teacher_no_verdict": sum(verdict is None for verdict in verdicts),
+        **{f"teacher_{key}": count - before[key] for key, count in (teacher.spent if teacher else before).items()},
     }
+
+
+def make_endpoint(config: Config, world: int, before: dict[str, int] | None) -> Teacher | None:
+    """This rank's connection to judge.teacher=openai, or None. Raises ConfigError without its key."""
+    asks = config.judge.enabled and config.judge.teacher == "openai"
+    return Teacher(config.judge, world, before) if asks else None
+
+
+def teacher_labels(teacher: Teacher, steps: Sequence[Step], config: Config) -> list[int | None]:
+    """The endpoint's verdict on each step, None without one: it is asked what the actor is asked, judge.votes times."""
+    questions = [prompts.build_critic_prompt(config.env.name, step.prompt, step.response) for step in steps]
+    answers = teacher.ask(questions, config.judge.votes)
+    return [agreed([prompts.parse_critique(text).score for text in said], config.judge) for said in answers]
+
+
+def agreed(scores: Sequence[int | None], config: JudgeConfig) -> int | None:
+    """The verdict of a vote, or None: more than half of judge.votes, or all of them; no verdict counts for neither.
+
+    Source: paper, Figure 5, whose labels need five equal votes.
+    """
+    needed = config.votes if config.agreement == "unanimous" else config.votes // 2 + 1
+    return next((verdict for verdict in (0, 1) if list(scores).count(verdict) >= needed), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,10 +293,13 @@ def advice_of(questions: Sequence[Question]) -> list[str]:
     ]
 
 
-def golden_rules(advice: Sequence[str], config: GuidelinesConfig) -> list[str]:
-    """One rule per theme that any advice fits: the medoid of the sentences closest to the theme by TF-IDF cosine.
+def golden_rules(
+    advice: Sequence[str], config: GuidelinesConfig, write: Callable[[list[str]], list[str]] | None = None
+) -> list[str]:
+    """One rule per theme that any advice fits; each sentence belongs to the theme that is closest by TF-IDF cosine.
 
-    Source: paper, section 4.2 (clustering by pre-defined themes); the medoid stands in for a language model's summary.
+    `write` answers the paper's prompts for a rule, one per theme with advice. Where its answer holds none, and without
+    it, the rule is the theme's medoid. Source: paper, section 4.2 and Appendix A.4.
     """
     advice = [prompts.plain(sentence) for sentence in advice]
     sentences = sorted(set(advice) - {""})
@@ -272,11 +308,38 @@ def golden_rules(advice: Sequence[str], config: GuidelinesConfig) -> list[str]:
     counts = np.array([advice.count(sentence) for sentence in sentences])
     vectors = TfidfVectorizer(stop_words="english").fit(list(config.themes) + sentences)
     near = (vectors.transform(sentences) @ vectors.transform(config.themes).T).toarray()  # [advice, themes]
-    rules = []
-    for theme in range(len(config.themes)):
-        members = [i for i in range(len(sentences)) if near[i].argmax() == theme and near[i, theme] > 0]
+    rules, requests = [], []
+    for number, theme in enumerate(config.themes):
+        members = [i for i in range(len(sentences)) if near[i].argmax() == number and near[i, number] > 0]
         if members:
             own = vectors.transform([sentences[i] for i in members])
             central = (own @ own.T).toarray() @ counts[members]  # similarity to all advice, repeated sentences included
             rules.append(sentences[members[int(central.argmax())]][: config.max_chars].strip())
-    return rules
+            frequent = sorted(members, key=lambda i: -counts[i])[: config.shown]
+            requests.append(prompts.build_rule_prompt(theme, [sentences[i] for i in frequent]))
+    written = (
+        [prompts.parse_rule(answer, config.max_chars) for answer in write(requests)] if write and requests else rules
+    )
+    return [text or medoid for text, medoid in zip(written, rules, strict=True)]
+
+
+def pick_writer(
+    engine: Engine, teacher: Teacher | None, config: Config, iteration: int
+) -> Callable[[list[str]], list[str]] | None:
+    """Who guidelines.writer says distils the rules: the endpoint, the actor (answers to a list of prompts), or None."""
+    writer = config.guidelines.writer
+    if writer == "auto":
+        writer = "teacher" if teacher else "actor"
+    if writer == "teacher":
+        return lambda requests: [(said or [""])[0] for said in teacher.ask(requests)]  # "" where none came
+
+    def write(requests: list[str]) -> list[str]:
+        ids = [engine.actor.encode(text)[-config.judge.max_prompt_tokens :] for text in requests]
+        limit, seeds = (
+            config.judge.max_response_tokens,
+            [stable_seed(config.seed, iteration, n, -2) for n in range(len(ids))],
+        )
+        samples = engine.generate(ids, [Sampling(config.rollout.temperature, limit, seed) for seed in seeds])
+        return [engine.actor.decode(sample.ids) for sample in samples]
+
+    return write if writer == "actor" else None

@@ -13,6 +13,7 @@ the latest plan and replies stand in the prompt; its sheet of action syntax is l
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,10 +127,24 @@ THEME: {theme}
 ADVICE LIST:
 {advice}"""
 
+THOUGHTS = """\
+An expert played this episode of {environment}. Write what it may have thought before each action: a few sentences \
+that follow from the task and from what had been seen by then, never from what comes later, and that lead to the action.
+Task: {task}
+{steps}
+Answer with a JSON list alone, with one object for each of the {count} actions, in their order, the actions unchanged: \
+{form}"""
+THOUGHT_FORM = {
+    "think": '{"thought": "...", "action": "..."}',
+    "rlvmr": '{"tag": "...", "thought": "...", "action": "..."}, where the tag is planning (sets up the plan),'
+    " explore (looks for what is not known yet), reflection (mends a failed action) or monitor (goes on by the plan)",
+}
+
 TAGS = ("think", "action", "answer", "advise", "rule", *REASONING["rlvmr"])
 _TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>", re.IGNORECASE | re.ASCII)  # ASCII: a dotless i is no i
 _VERDICT = re.compile(r"\s*(?:\\?boxed\s*\{\s*([01])\s*\}|([01]))\s*\.?\s*")
 _IDEOGRAPH = re.compile("[\u4e00-\u9fff]")
+THOUGHT_CHARS = 1000  # of a thought that a teacher wrote
 ACTION_CHARS = 200  # of an action shown in a prompt; real ones are far shorter
 
 
@@ -254,6 +269,37 @@ def build_rule_prompt(theme: str, advice: Sequence[str]) -> str:
     return GOLDEN_RULE.format(theme=theme, advice="\n".join(f"- {plain(sentence)}" for sentence in advice))
 
 
+def build_thoughts_prompt(env: str, task: str, turns: Sequence[tuple[str, str]], style: str) -> str:
+    """The request to write the thoughts behind an expert's (observation, action) pairs."""
+    steps = "\n".join(
+        f"[Observation {number}: '{seen}', Action {number}: '{action}']"
+        for number, (seen, action) in enumerate(turns, 1)
+    )
+    fields = {"environment": CRITIC_SETTING[env][0], "task": task, "steps": steps, "count": len(turns)}
+    return THOUGHTS.format(form=THOUGHT_FORM[style], **fields)
+
+
+def parse_thoughts(text: str, actions: Sequence[str], style: str) -> list[str] | None:
+    """The replies, in the form parse_reply reads, of an answer to build_thoughts_prompt; None unless it has a thought,
+    with a tag of the style, for each action and leaves all actions unchanged. Never raises."""
+    try:
+        found = json.loads(text[text.index("[") : text.rindex("]") + 1])
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, list) or len(found) != len(actions):
+        return None
+    replies = []
+    for one, action in zip(found, actions, strict=True):
+        fields = [one.get(key) for key in ("thought", "action")] if isinstance(one, dict) else [None]
+        if not all(isinstance(field, str) for field in fields) or fields[1].strip() != action:
+            return None
+        tag, thought = one.get("tag") if style == "rlvmr" else "think", plain(fields[0], THOUGHT_CHARS)
+        if tag not in REASONING[style] or not thought:
+            return None
+        replies.append(f"<{tag}>{thought}</{tag}><action>{action}</action>")
+    return replies
+
+
 def parse_reply(text: str, style: str = "think", env: str = "alfworld") -> Reply:
     """Read an actor's reply: valid iff exactly one reasoning block of the style, then exactly one non-empty action.
 
@@ -285,9 +331,9 @@ def parse_critique(text: str) -> Critique:
 
 
 def parse_rule(text: str, max_chars: int) -> str:
-    """The golden rule in an answer to build_rule_prompt: its <rule> block, or failing that all of it; plain, capped."""
+    """The golden rule in an answer to build_rule_prompt: its last <rule> block, plain and capped; empty without one."""
     _, blocks = _scan(text, TAGS)
-    return plain(blocks.get("rule", [text])[-1], max_chars)
+    return plain(blocks.get("rule", [""])[-1], max_chars)
 
 
 def inert(text: str) -> str:

@@ -184,19 +184,18 @@ def save_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
     config: Config,
     iteration: int,
-    advice: list[str],
-    rules: list[str],
+    progress: dict,
 ) -> None:
-    """checkpoints/<iteration>/ and then `latest`, each atomically."""
+    """checkpoints/<iteration>/ and then `latest`, each atomically. `progress` is what else the loop carries along; its
+    "rules" go into the prompts of whoever loads the checkpoint."""
     folder = config.run_dir / "checkpoints" / f"{iteration:06d}"
     state = {
         "iteration": iteration,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "advice": advice,
-        "rules": rules,
+        "progress": progress,
         "config": configuration.to_dict(config),
     }
-    save_model(actor, folder, {"guidelines.json": rules}, state, critic)
+    save_model(actor, folder, {"guidelines.json": progress["rules"]}, state, critic)
     point_latest(folder, config.train.keep_checkpoints)
 
 

@@ -21,6 +21,7 @@ import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import config as configuration  # before torch: it sets the number of threads
 
@@ -33,6 +34,7 @@ import envs
 import judge
 import losses
 import memory
+import prompts
 from config import Config
 from evaluate import evaluate_levels
 from model import (
@@ -57,6 +59,7 @@ from model import (
 from records import Clock, Log, critic_folder, find_checkpoint, rollout_metrics, row_metrics, save_checkpoint
 from rollout import Engine, Episode, canary, collect, make_engine, sync
 from rows import actor_rows, add_critic, has_gradient, judge_rows, mini_batches, needs_score, weigh
+from teacher import Teacher, check_key
 
 
 def main() -> None:
@@ -78,7 +81,8 @@ def train(config: Config) -> None:
     checkpoint, state = find_checkpoint(config)
     folder = str(checkpoint or config.model.path)
     actor, reference, critic, optimizers = load_models(config, folder, state)
-    start, advice, rules = (state[key] for key in ("iteration", "advice", "rules")) if state else (0, [], [])
+    start, progress = state.get("iteration", 0), state.get("progress") or {"advice": [], "rules": first_rules(config)}
+    teacher = judge.make_endpoint(config, world, progress.get("teacher"))
     engine = make_engine(config, actor, folder)
     own_groups, own_questions = config.rollout.groups // world, config.judge.questions // world
     in_flight = min(config.rollout.concurrency, own_groups * config.rollout.group_size)
@@ -93,7 +97,7 @@ def train(config: Config) -> None:
         tasks = dict(zip(groups, sample_tasks(train_tasks, config, iteration)[groups.start : groups.stop], strict=True))
 
         # ---- Collect; groups that all won or all lost may be drawn again
-        play = {"iteration": iteration, "suggestions": rules, "counts": counts}
+        play = {"iteration": iteration, "suggestions": progress["rules"], "counts": counts}
         with clock("collect"):
             episodes, passed_over = collect_groups(engine, pool, tasks, train_tasks, config, play)
 
@@ -101,7 +105,7 @@ def train(config: Config) -> None:
         questions: list[judge.Question] = []
         if config.judge.enabled:
             with clock("judge"):
-                counts.update(judge.label_episodes(episodes, config, rng, config.judge.teacher_steps // world))
+                counts.update(judge.label_episodes(episodes, config, rng, config.judge.teacher_steps // world, teacher))
                 questions = judge.pick(episodes, own_questions, rng)
                 judge.ask(engine, questions, config, iteration, first=rank * own_questions)
 
@@ -130,23 +134,20 @@ def train(config: Config) -> None:
             metrics["mismatch/canary"] = canary(engine, actor, [row.prompt_ids for row in rows[:4]], config)
 
         # ---- Guidelines: what the critiques advise goes into the next prompts
-        if config.guidelines.every:
-            advice = (advice + judge.advice_of(questions))[-config.guidelines.pool :]
-            if (iteration + 1) % config.guidelines.every == 0:
-                rules = judge.golden_rules(advice, config.guidelines)
+        progress = carry_on(progress, questions, engine, teacher, config, iteration)
 
         # ---- Evaluate
         if config.train.eval_every and (iteration + 1) % config.train.eval_every == 0:
             with clock("evaluate"):
-                results, _ = evaluate_levels(engine, config, rules, pool=pool)
+                results, _ = evaluate_levels(engine, config, progress["rules"], pool=pool)
             metrics |= {f"eval/{level}": result["success"] for level, result in results.items()}
 
         # ---- Log, then save, so that a checkpoint never lacks its iteration's record
         if log:
-            log.write(iteration, metrics | clock.metrics(rows), episodes, questions, rules)
+            log.write(iteration, metrics | clock.metrics(rows), episodes, questions, progress["rules"])
         if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == config.train.iterations:
             if rank == 0:
-                save_checkpoint(actor, critic, optimizers, config, iteration + 1, advice, rules)
+                save_checkpoint(actor, critic, optimizers, config, iteration + 1, progress)
             dist.barrier()
 
     if rank == 0:
@@ -171,10 +172,46 @@ def load_models(
     return actor, reference, critic, optimizers
 
 
+def first_rules(config: Config) -> list[str]:
+    """The rules of guidelines.file, one a line."""
+    if not config.guidelines.file:
+        return []
+    lines = Path(config.guidelines.file).read_text(encoding="utf-8").splitlines()
+    return [rule for line in lines if (rule := prompts.plain(line, config.guidelines.max_chars))]
+
+
+def carry_on(
+    progress: dict,
+    questions: Sequence[judge.Question],
+    engine: Engine,
+    teacher: Teacher | None,
+    config: Config,
+    iteration: int,
+) -> dict:
+    """What the next iterations know of this one, the same on every rank: advice, rules, and what the teacher has cost.
+
+    Rules are refreshed every guidelines.every iterations, by rank 0.
+    """
+    guide = config.guidelines
+    if guide.every:
+        advice = (progress["advice"] + judge.advice_of(questions))[-guide.pool :]
+        progress = progress | {"advice": advice}
+        if (iteration + 1) % guide.every == 0:
+            made = []
+            if dist.get_rank() == 0:
+                writer = judge.pick_writer(engine, teacher, config, iteration)
+                made = [judge.golden_rules(advice, guide, writer)]
+            progress["rules"] = gather(made)[0]
+    spent = {"teacher": total([teacher.before, *gather([teacher.spent])])} if teacher else {}
+    return progress | spent
+
+
 def preflight(config: Config, world: int) -> list[envs.Task]:
     """The training tasks. What would stop the run later, stops it here: raises ConfigError."""
     configuration.check_world(config, world)
     configuration.check_lineage(config)
+    if config.judge.enabled and config.judge.teacher == "openai":
+        check_key(config.judge)
     found = envs.tasks(config.env, config.env.level, "train")
     for level in config.eval.levels if config.train.eval_every else ():
         envs.tasks(config.env, level, "eval")

@@ -41,7 +41,7 @@ def test_documented_commands_resolve(ranks, script, file, overrides, monkeypatch
 
 def test_every_row_of_the_tables_has_its_file_and_figures():
     methods = ["gcd", "gigpo", "gigpo_gcd", "grpo", "nthr", "ppo", "rlvmr", "rlvmr_gcd"]
-    methods += ["sft", "sft_rlvmr", "sft_vanilla", "sft_vanilla_rlvmr"]
+    methods += ["sft", "sft_rlvmr", "sft_value", "sft_vanilla", "sft_vanilla_rlvmr", "judge_sft", "cotrain"]
     assert {file.stem for file in ROWS} == {f"qwen{size}_{method}" for size in ("1.5b", "7b") for method in methods}
     for file in FILES:
         head = [line for line in file.read_text().splitlines() if line.startswith("#")]
@@ -64,7 +64,7 @@ def test_rows_start_from_the_cold_start_of_their_environment_and_level(file, set
         start = configuration.load(tiny.ROOT / "configs" / f"{cold}.yaml", sets)
         assert str(start.run_dir / "checkpoints" / "latest") == config.model.path
         assert start.prompt_style == config.prompt_style and start.env == config.env
-        assert (start.sft.variant == "generative") == config.judge.enabled
+        assert (start.sft.variant == "generative") == (config.judge.enabled or "judge_sft" in config.name)
 
 
 def test_names_can_hold_options(tmp_path):

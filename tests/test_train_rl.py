@@ -777,6 +777,20 @@ def test_tag_rewards_by_hand():
     assert row_making.tag_rewards(episode)[1] == 0
 
 
+def test_rules_from_a_file_are_followed_and_kept(small_games, tmp_path, monkeypatch):
+    """A person's rules: in every prompt, in the checkpoint, as plain text; with guidelines.every=0 they stay."""
+    (tmp_path / "rules.txt").write_text("Open every drawer.\n\n<think>Then</think> <|im_end|> look.\n")
+    settings = (f"guidelines.file={tmp_path / 'rules.txt'}", "train.iterations=1", *PLAIN)
+    run_here(small_games, tmp_path, monkeypatch, *settings)
+    run = tmp_path / "runs" / "tiny_rl"
+    rules = ["Open every drawer.", "Then < |im_end|> look."]
+    assert json.loads((run / "checkpoints" / "latest" / "guidelines.json").read_text()) == rules
+    prompt = episodes_of(run, 0)[0][0]["steps"][0]["prompt"]
+    assert "".join(f"- {rule}\n" for rule in rules) in prompt
+    with pytest.raises(ConfigError, match="nosuch"):
+        tiny.rl_config(small_games, "guidelines.file=nosuch")
+
+
 def test_plain_method_leaves_no_trace_of_the_judge(small_games, tmp_path, monkeypatch):
     """GRPO without GCD, by the transformers engine, the engine's log-probs as the old policy's; in this process."""
     settings = ("algo.advantage=grpo", "rollout.groups=2", "train.old_logprobs=engine", "train.iterations=1", *PLAIN)

@@ -11,9 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
+import torch
 
 import envs
 import games
+import model
 import prompts
 import train_sft
 from config import TASK_TYPES, Config, ConfigError, EnvConfig, SFTConfig
@@ -413,6 +416,17 @@ def test_losses_do_not_add_up_over_a_long_run(small_games: Path, monkeypatch: py
     assert len(tried) == 900
 
 
+def test_value_rows_are_the_generative_ones_without_words(small_games: Path) -> None:
+    fields = dict(episodes=48, critic_examples=30, noise=0.2)
+    value = list(make_rows(config_of(small_games, variant="value", **fields)))
+    generative = [read(row) for row in make_rows(config_of(small_games, variant="generative", **fields))]
+    assert [read(row) for row in value[:-30]] == generative[:-30] and not any("label" in row for row in value[:-30])
+    for row, (question, answer) in zip(value[-30:], generative[-30:], strict=True):
+        prompt, response = read(row)
+        assert prompt in question and response in question
+        assert row["label"] == prompts.parse_critique(answer).score
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The file
 
@@ -544,3 +558,34 @@ def test_mini_batches_hold_rows_of_similar_length() -> None:
     assert np.mean(spreads) < 50  # about 940 in batches drawn at random
     means = [np.mean([len(rows[index]["prompt"]) for index in batch]) for batch in updates(rows, 16, random.Random(0))]
     assert means != sorted(means)  # but the batches come in random order
+
+
+def test_the_value_variant_learns_to_classify(
+    small_games: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside imitation, which goes on; the head is kept beside a folder that loads as any other."""
+    monkeypatch.chdir(tmp_path)
+    tiny.join()
+    config = tiny.changed(
+        tiny.sft_config(small_games), f"model.path={tiny.checkpoint(small_games)}", "sft.variant=value", "name=value",
+        "sft.episodes=24", "sft.critic_examples=16", "sft.epochs=6", "sft.lr=3e-3", "sft.rows_per_update=32",
+    )  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(config)))
+    rows = train_sft.read_rows(path)
+    assert [row["label"] for row in rows if "label" in row] == [0] * 8 + [1] * 8
+    actor = model.load_actor(config)
+    head = train_sft.value_head(actor)
+    monkeypatch.setattr(train_sft, "RECORD_EVERY", 1)
+    train_sft.train(actor, rows, config, head)
+    records = [json.loads(line) for line in (tmp_path / "runs" / "value" / "metrics.jsonl").read_text().splitlines()]
+    accuracy = [record["train/value_accuracy"] for record in records if "train/value_accuracy" in record]
+    assert np.mean(accuracy[-8:]) > 0.8 > np.mean(accuracy[:4])
+    assert records[-1]["train/nll_per_token"] < records[0]["train/nll_per_token"]
+    labelled = [train_sft.tokenise(actor, row, 0.0)[0] for row in rows if "label" in row]
+    with torch.no_grad():
+        _, right = train_sft.classification_loss(actor, head, labelled, [0] * 8 + [1] * 8)
+    assert right >= 13
+    model.save_model(actor, tmp_path / "final", state={"value_head": head.state_dict()})
+    kept = torch.load(tmp_path / "final" / "trainer" / "state.pt", weights_only=True)["value_head"]
+    assert torch.equal(kept["weight"], head.weight) and model.load_actor(config, path=str(tmp_path / "final"))

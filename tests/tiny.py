@@ -32,7 +32,7 @@ algo: {{advantage: gigpo}}
 rollout: {{groups: 4, group_size: 4, temperature: 0.7, max_prompt_tokens: 800, max_response_tokens: 40, concurrency: 16,
           kv_cache_gib: 0.1}}
 judge: {{enabled: true, questions: 8, group_size: 4, teacher: expert, max_prompt_tokens: 1200, max_response_tokens: 60}}
-guidelines: {{every: 1}}
+guidelines: {{every: 1, writer: medoid}}
 train: {{iterations: 2, lr: 1.0e-3, rows_per_update: 48, tokens_per_micro_batch: 4096, checkpoint_every: 1,
         eval_every: 2}}
 eval: {{levels: [L0, L1], games: 3, seeds: 2}}
@@ -121,12 +121,15 @@ def join() -> None:
         model.join_ranks(Config())
 
 
-def command(script: str | Path, *arguments: str | Path, ranks: int = 1) -> list[str]:
-    """The command line of a script on so many ranks, with a port of its own."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+        return probe.getsockname()[1]
+
+
+def command(script: str | Path, *arguments: str | Path, ranks: int = 1) -> list[str]:
+    """The command line of a script on so many ranks, with a port of its own."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
     return [sys.executable, *(torchrun if ranks > 1 else ()), str(ROOT / script), *map(str, arguments)]
 
 
