@@ -186,8 +186,8 @@ def test_update_equals_a_padded_reference(initial, rows, config, packed, method)
     optimizer = torch.optim.SGD(actor.model.parameters(), lr=1.0)
     start = copy.deepcopy(actor.model.state_dict())
     metrics = update(actor, optimizer, ready, changed(config, "train.lr=1", "train.tokens_per_micro_batch=500"), 0)
-    assert metrics["train/loss_actor"] == pytest.approx(float(total[False]), rel=1e-4)
-    assert metrics["train/loss_judge"] == pytest.approx(float(total[True]), rel=1e-4)
+    assert metrics["train/loss_actor"] == pytest.approx(total[False].item(), rel=1e-4)
+    assert metrics["train/loss_judge"] == pytest.approx(total[True].item(), rel=1e-4)
     for name, parameter in model.named_parameters():
         step = start[name] - actor.model.state_dict()[name]
         torch.testing.assert_close(step, parameter.grad, rtol=1e-3, atol=2e-6)
