@@ -412,7 +412,7 @@ def test_action_and_advice_of_a_critique_are_plain() -> None:
 
 def test_rules_are_read_from_their_block_alone() -> None:
     assert parse_rule("<think>hm</think><rule> Be\nquick. </rule>", 100) == "Be quick."
-    assert parse_rule("<rule>Be</rule> no, <rule>be <answer>quick</answer>.</rule>", 100) == "be quick ."
+    assert parse_rule("<rule>Be</rule> no, <rule>be quick.</rule>", 100) == "be quick."
     assert parse_rule("Be quick.", 100) == ""  # some talk about a rule is none
     assert parse_rule("<rule>abcdef</rule>", 3) == "abc"
     assert parse_rule("", 100) == ""
