@@ -19,25 +19,11 @@ from model import LOGIT_CHUNK, tiny_shape
 
 GIB = 2**30
 UNCOUNTED_GIB = 2.0  # the allocator's waste, CUDA's libraries
-PUBLISHED = {  # the paper's models, so that a machine without a network can plan for them
-    "Qwen/Qwen2.5-1.5B-Instruct": dict(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    ),
-    "Qwen/Qwen2.5-7B-Instruct": dict(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        tie_word_embeddings=False,
-    ),
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES += ("vocab_size", "tie_word_embeddings")
+PUBLISHED = {  # SIZES of the paper's models, so that a machine without a network can plan for them
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 151936, True),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
 }
 
 
@@ -70,7 +56,7 @@ def shape(config: Config) -> PretrainedConfig | None:
     if path == "tiny":
         return tiny_shape(config, config.model.tiny_vocab)
     if path in PUBLISHED:
-        return Qwen2Config(**PUBLISHED[path])
+        return Qwen2Config(**dict(zip(SIZES, PUBLISHED[path], strict=True)))
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError):

@@ -223,7 +223,7 @@ def build_prompt(
     return "".join(parts)
 
 
-def memory(replies: Sequence[Reply], texts: Sequence[str], style: str) -> dict[str, Any]:
+def recall(replies: Sequence[Reply], texts: Sequence[str], style: str) -> dict[str, Any]:
     """What build_prompt shows of an episode's replies so far in this style: the latest plan, the latest texts."""
     if style != "rlvmr":
         return {"style": style}

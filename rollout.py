@@ -374,7 +374,7 @@ class Play:
             history=[(step.observation, step.action) for step in recent],
             step=len(steps),
             suggestions=suggestions,
-            **prompts.memory(steps, [step.response for step in steps], config.prompt_style),
+            **prompts.recall(steps, [step.response for step in steps], config.prompt_style),
         )
 
     def sampling(self, config: Config, iteration: int, temperature: float) -> Sampling:

@@ -55,7 +55,7 @@ from model import (
     sum_gradients,
     token_logprobs,
 )
-from teacher import Teacher
+from teacher import Teacher, check_key
 from thoughts import ADVICE, SCIENCE_ADVICE, Situation, critique, need, places, reply, thought
 
 RECORD_EVERY = 50  # updates between lines of metrics.jsonl
@@ -156,7 +156,7 @@ class Turn:
     action: str
     taught: bool
     reply: str = ""
-    memory: dict = field(default_factory=dict)  # of the episode's earlier replies: prompts.memory
+    recalled: dict = field(default_factory=dict)  # of the episode's earlier replies: prompts.recall
 
 
 def _expert_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
@@ -232,7 +232,7 @@ def _turn(config: Config, at: Situation, action: str, taught: bool, turns: Seque
     texts = [turn.reply for turn in turns]
     said = [prompts.parse_reply(text, config.prompt_style, config.env.name) for text in texts]
     return Turn(
-        at, action, taught, reply(at, action, config.prompt_style), prompts.memory(said, texts, config.prompt_style)
+        at, action, taught, reply(at, action, config.prompt_style), prompts.recall(said, texts, config.prompt_style)
     )
 
 
@@ -285,7 +285,7 @@ def _rewritten(turns: Sequence[Turn], replies: Sequence[str], config: Config) ->
     style = config.prompt_style
     said = [prompts.parse_reply(text, style, config.env.name) for text in replies]
     return [
-        dataclasses.replace(turn, reply=text, memory=prompts.memory(said[:index], replies[:index], style))
+        dataclasses.replace(turn, reply=text, recalled=prompts.recall(said[:index], replies[:index], style))
         for index, (turn, text) in enumerate(zip(turns, replies, strict=True))
     ]
 
@@ -318,7 +318,7 @@ def _some_advice(config: Config, rng: random.Random) -> list[str]:
 def _prompt(config: Config, turn: Turn, rules: Sequence[str] = ()) -> str:
     at = turn.at
     seen = (at.env, at.task, at.observation, at.actions, at.history, at.step, rules, at.objects)
-    return prompts.build_prompt(*seen, **turn.memory)
+    return prompts.build_prompt(*seen, **turn.recalled)
 
 
 def _chat(question: str, answer: str) -> dict:
@@ -428,6 +428,8 @@ def main() -> None:
 def preflight(config: Config, world: int) -> None:
     """What would stop the run later, stops it here: raises ConfigError."""
     configuration.check_lineage(config)
+    if config.sft.writer == "teacher":
+        check_key(config.judge)
     if config.sft.rows_per_update % world:
         raise ConfigError(f"sft.rows_per_update={config.sft.rows_per_update} does not divide over {world} ranks")
 

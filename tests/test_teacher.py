@@ -249,6 +249,8 @@ def test_a_key_is_needed_at_start(settings, small_games, monkeypatch):
     monkeypatch.delenv("TEST_KEY")
     with pytest.raises(ConfigError, match=r"\$TEST_KEY"):
         train_rl.preflight(config, 1)
+    with pytest.raises(ConfigError, match=r"\$TEST_KEY"):
+        train_sft.preflight(cold_start(settings, small_games), 1)
     monkeypatch.setenv("TEST_KEY", KEY)
     assert train_rl.preflight(config, 1)
     assert KEY not in configuration.dump(config)
