@@ -11,7 +11,7 @@ are computed on the CPU (they are of some thousand numbers), so they are the sam
 import difflib
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -334,6 +334,64 @@ def nthr_weights(
     tau = beta * float(_row_sums(influence_T, row_T, mean=True)[won_T].min())
     selected_T = ~won_T & (influence_T > tau)  # [T]
     return torch.where(selected_T, eta, factor_T), {"tau": tau, "selected": int(selected_T.sum())}
+
+
+def coupling(hidden_TH: Tensor, error_TV: Tensor, hidden_SH: Tensor, error_SV: Tensor) -> float:
+    """How much one unit step of gradient ascent on one response's log-prob (T tokens) raises another's (S tokens), in
+    nats, if only the output layer learns: sum over token pairs of <error_k, error_k'> <hidden_k, hidden_k'>.
+
+    hidden: what the output layer is given at each response token; error: one-hot of the token minus the policy's
+    probabilities. Symmetric; of a response with itself never negative. Raises RuntimeError where H or V differ.
+    Source: paper, equation 2, with the other sample's own prompt (Deng et al. 2025). With H = 1, hidden 2 and 3, errors
+    (.5, -.5) and (.2, -.2): .2 * 6 = 1.2.
+    """
+    return float(((error_TV @ error_SV.T) * (hidden_TH @ hidden_SH.T)).sum())
+
+
+def couplings(hidden_TH: Tensor, errors: Iterable[Tensor], row_T: Tensor) -> Tensor:
+    """`coupling` of every row with every row, [R, R], rows in the order of their ids row_T.
+
+    `errors` are parts of error_TV, [T, some of V], which need not exist at once.
+    """
+    alike_TT = sum(error_TC @ error_TC.T for error_TC in errors)  # [T, T]
+    alike_TT *= hidden_TH @ hidden_TH.T
+    _, index_T = torch.unique(row_T, return_inverse=True)  # [T]
+    rows = int(index_T.max()) + 1
+    half_RT = alike_TT.new_zeros(rows, len(index_T)).index_add(0, index_T, alike_TT)  # [R, T]
+    return alike_TT.new_zeros(rows, rows).index_add(1, index_T, half_RT)  # [R, R]
+
+
+def coupling_gap(
+    influence_RR: Tensor,
+    length_R: Tensor,
+    label_R: Tensor,
+    how: Literal["cos", "mean_src", "mean_both", "sum"] = "cos",
+    weight_RR: Tensor | None = None,
+) -> float:
+    """Mean influence between different rows of the same label minus that between rows of different labels; nan where
+    there are no such pairs.
+
+    influence_RR: `couplings`, the row that is learned from first. "mean_src" divides it by that row's tokens length_R
+    (the paper's text), "mean_both" by both rows', "cos" by the square roots of both rows' own influence: it alone does
+    not grow with the hidden states' norm. weight_RR counts pairs more than once, or not. Raises ValueError for an
+    unknown `how`. Source: paper, Figure 8.
+    """
+    own_R = influence_RR.diagonal().clamp(min=1e-30).sqrt()  # [R]
+    scale = {
+        "cos": own_R[:, None] * own_R,  # [R, R]
+        "mean_src": length_R[:, None],  # [R, 1]
+        "mean_both": length_R[:, None] * length_R,  # [R, R]
+        "sum": 1,
+    }
+    if how not in scale:
+        raise ValueError(f"how={how!r} is not one of {', '.join(scale)}")
+    value_RR, same_RR = influence_RR / scale[how], label_R[:, None] == label_R  # [R, R] each
+    weight_RR = torch.ones_like(value_RR) if weight_RR is None else weight_RR.clone()  # [R, R]
+    weight_RR.fill_diagonal_(0)
+    same, other = (
+        (value_RR * part_RR).sum() / part_RR.sum() for part_RR in (weight_RR * same_RR, weight_RR * ~same_RR)
+    )
+    return float(same - other)
 
 
 def overlong_penalty(length: int, longest: int, cache: int, truncated: bool) -> float:

@@ -1,6 +1,7 @@
 """losses.py against values worked by hand (in the comments), and against the properties its docstrings promise."""
 
 import doctest
+import functools
 import math
 import statistics
 
@@ -15,6 +16,9 @@ from losses import (
     aggregate,
     anchors,
     cispo,
+    coupling,
+    coupling_gap,
+    couplings,
     discounted_returns,
     generalised_advantage,
     gigpo,
@@ -587,6 +591,79 @@ def test_importance_weights_of_far_apart_log_probs_and_their_errors():
     for name, arguments in (("how", ("drop", "token")), ("level", ("mask", "row"))):
         with pytest.raises(ValueError, match=f"^{name}="):
             importance_weights(tensor(0.0), tensor(0.0), tensor(0), *arguments)
+
+
+def responses(seed=0, vocabulary=7, width=5, lengths=(4, 3, 2)):
+    """A readout layer W and, per response, hidden states [T, H] and tokens [T], in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.randn(vocabulary, width, dtype=torch.float64, generator=generator)
+    return head, [
+        (
+            torch.randn(n, width, dtype=torch.float64, generator=generator),
+            torch.randint(vocabulary, (n,), generator=generator),
+        )
+        for n in lengths
+    ]
+
+
+def log_prob(head, hidden, token):
+    return torch.log_softmax(hidden @ head.T, -1).gather(1, token[:, None]).sum()
+
+
+def error(head, hidden, token):
+    return torch.nn.functional.one_hot(token, len(head)) - torch.softmax(hidden @ head.T, -1)
+
+
+def test_coupling_is_the_first_order_change_of_another_response():
+    head, ((hidden_i, token_i), (hidden_j, token_j), _) = responses()
+    error_i, error_j = error(head, hidden_i, token_i), error(head, hidden_j, token_j)
+    found = coupling(hidden_i, error_i, hidden_j, error_j)
+    assert found == pytest.approx(coupling(hidden_j, error_j, hidden_i, error_i), rel=1e-12)  # symmetric
+    learned = head.clone().requires_grad_()
+    gradients = [
+        torch.autograd.grad(log_prob(learned, *one), learned)[0] for one in ((hidden_i, token_i), (hidden_j, token_j))
+    ]
+    assert found == pytest.approx(float((gradients[0] * gradients[1]).sum()), rel=1e-10)
+    assert coupling(hidden_i, error_i, hidden_i, error_i) == pytest.approx(float((gradients[0] ** 2).sum()), rel=1e-10)
+    eta = 1e-5
+    moved = head + eta * gradients[0]
+    change = float(log_prob(moved, hidden_j, token_j) - log_prob(head, hidden_j, token_j))
+    assert change / eta / found == pytest.approx(1, abs=1e-4)
+
+
+def test_coupling_by_hand():
+    found = coupling(
+        torch.tensor([[2.0]]), torch.tensor([[0.5, -0.5]]), torch.tensor([[3.0]]), torch.tensor([[0.2, -0.2]])
+    )
+    assert found == pytest.approx(1.2)  # (.1 + .1) * 6
+
+
+def test_couplings_are_all_pairs_with_the_vocabulary_in_parts():
+    head, each = responses()
+    errors = [error(head, *one) for one in each]
+    expected = [
+        [coupling(h, e, g, f) for (g, _), f in zip(each, errors, strict=True)]
+        for (h, _), e in zip(each, errors, strict=True)
+    ]
+    row = torch.tensor([9, 9, 9, 9, 10, 10, 10, 12, 12])  # ids need not count from 0
+    hidden = torch.cat([one for one, _ in each])
+    found = couplings(hidden, torch.cat(errors).split(3, dim=1), row)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+def test_coupling_gap_by_hand():
+    influence = torch.tensor([[4.0, 2.0, 1.0], [2.0, 1.0, 0.5], [1.0, 0.5, 9.0]])
+    length, label = torch.tensor([2, 1, 4]), torch.tensor([1, 1, 0])
+    gap = functools.partial(coupling_gap, influence, length, label)
+    assert gap("sum") == pytest.approx(2 - 0.75)  # same: 2, 2; different: 1, .5, 1, .5
+    assert gap("mean_src") == pytest.approx((1 + 2) / 2 - (0.5 + 0.5 + 0.25 + 0.125) / 4)
+    assert gap("mean_both") == pytest.approx(1 - (1 / 8 + 0.5 / 4) / 2)
+    assert gap("cos") == pytest.approx(2 / 2 - (1 / 6 + 0.5 / 3) / 2)
+    weight = torch.tensor([[5.0, 1.0, 0.0], [1.0, 5.0, 1.0], [0.0, 1.0, 5.0]])  # without the pair of rows 0 and 2
+    assert gap("sum", weight) == pytest.approx(2 - 0.5)
+    assert math.isnan(coupling_gap(influence, length, torch.ones(3)))  # no pair of different labels
+    with pytest.raises(ValueError, match="cos, mean_src, mean_both, sum"):
+        gap("mean")
 
 
 def test_nthr_by_hand():
