@@ -262,7 +262,8 @@ def ask(engine: Engine, questions: Sequence[Question], config: Config, iteration
 
 
 def judge_metrics(questions: Sequence[Question]) -> dict[str, float]:
-    """Accuracy by class, share of "1" answers and of answers without a verdict; counts alone if a class is missing."""
+    """Accuracy by class, shares of "1" answers, of answers without a verdict, and of good steps that are good by the
+    teacher's word (the others are last steps of won episodes); counts alone if a class is missing."""
     answers = [(q.step.label, c.score) for q in questions for c in q.critiques]
     right = {cls: [score == cls for truth, score in answers if truth == cls] for cls in (0, 1)}
     counts = {"judge/questions": len(questions), "judge/questions_too_long": sum(not q.answers for q in questions)}
@@ -276,6 +277,7 @@ def judge_metrics(questions: Sequence[Question]) -> dict[str, float]:
         "judge/balanced_accuracy": (by_class[0] + by_class[1]) / 2,
         "judge/answers_good": float(np.mean([score == 1 for _, score in answers])),
         "judge/format_failures": float(np.mean([score is None for _, score in answers])),
+        "judge/good_by_teacher": float(np.mean([q.step.label_source == "teacher" for q in questions if q.step.label])),
     }
 
 

@@ -289,6 +289,8 @@ class Oracle:
 def test_answers_are_rewarded_by_their_verdicts() -> None:
     config = Config(judge=JudgeConfig(enabled=True, group_size=3, max_prompt_tokens=10_000))
     questions = pick(labelled(4, 4), 4, random.Random(0))
+    assert [question.step.label for question in questions] == [1, 1, 0, 0]
+    questions[0].step.label_source = "teacher"
     answers = ["<answer>1</answer><advise>Go on.</advise>", "<answer>0</answer><action>look</action>", "no idea"]
     engine = Oracle(answers)
     judge.ask(engine, questions, config, iteration=2)
@@ -305,6 +307,7 @@ def test_answers_are_rewarded_by_their_verdicts() -> None:
         assert all(answer.tag == "judge" for answer in question.answers)
         assert question.answers[1].action == "look"
     metrics = judge.judge_metrics(questions)
+    assert metrics.pop("judge/good_by_teacher") == 0.5
     assert metrics.pop("judge/questions") == 4 and metrics.pop("judge/questions_too_long") == 0
     shares = ("accuracy", "accuracy_good", "accuracy_flawed", "balanced_accuracy", "answers_good", "format_failures")
     assert metrics == {f"judge/{share}": pytest.approx(1 / 3) for share in shares}

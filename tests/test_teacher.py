@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 import config as configuration
 import envs
@@ -254,6 +255,30 @@ def test_a_key_is_needed_at_start(settings, small_games, monkeypatch):
     monkeypatch.setenv("TEST_KEY", KEY)
     assert train_rl.preflight(config, 1)
     assert KEY not in configuration.dump(config)
+
+
+def test_a_run_whose_teacher_dies_goes_on_with_the_rules(server, small_games, tmp_path):
+    """Labels and golden rules by the teacher; then, resumed, it is down, and what it has cost is not forgotten."""
+    server.answer = lambda question, number: "<rule>Look first.</rule>" if "ADVICE LIST" in question else GOOD
+    endpoint = ["teacher=openai", f"base_url={server.url}", "key_env=TEST_KEY", "retries=0", "teacher_steps=6"]
+    settings = [f"judge.{one}" for one in (*endpoint, f"cache={tmp_path / 'cache'}")]
+    settings += ["guidelines.writer=teacher", "train.eval_every=0"]
+    command = ["train_rl.py", tiny.rl_yaml(small_games, tmp_path), "--set", *settings]
+    printed = tiny.run(*command, "train.iterations=1", cwd=tmp_path)
+    state = torch.load(tmp_path / "runs/tiny_rl/checkpoints/latest/trainer/state.pt", weights_only=True)["progress"]
+    assert state["rules"] and set(state["rules"]) == {"Look first."}
+    assert state["teacher"]["requests"] == len(server.requests) == 6 + len(state["rules"])
+    server.faults = [500] * 1000
+    printed += tiny.run(*command, "train.iterations=2", cwd=tmp_path)
+    up, down = [json.loads(line) for line in (tmp_path / "runs/tiny_rl/metrics.jsonl").read_text().splitlines()]
+    assert up["judge/label_good_teacher"] == up["judge/teacher_asked"] == up["judge/teacher_requests"] == 6
+    assert down["judge/label_good_teacher"] == 0 and down["judge/teacher_failed"] >= PATIENCE
+    assert down["judge/teacher_no_verdict"] == 6
+    later = torch.load(tmp_path / "runs/tiny_rl/checkpoints/latest/trainer/state.pt", weights_only=True)["progress"]
+    assert later["teacher"]["requests"] == len(server.requests)
+    assert later["teacher"]["tokens"] == state["teacher"]["tokens"] == 100 * state["teacher"]["requests"]
+    assert later["rules"]  # from the cache, or the medoid of the advice
+    nothing_holds_the_key(tmp_path, printed)
 
 
 def cold_start(settings: JudgeConfig, games: Path, **fields) -> Config:
