@@ -43,7 +43,8 @@ import judge
 import losses
 from config import Config, ConfigError
 from evaluate import EVALUATION
-from model import Actor, Row, join_ranks, last_hidden, load_actor, micro_batches
+from model import Actor, Row, last_hidden, load_actor, micro_batches
+from ranks import join_ranks
 from rollout import Engine, collect, make_engine, sync
 
 RESAMPLES = 1000
@@ -80,9 +81,9 @@ def main() -> None:
     measured: dict[tuple[str, str], dict] = {}  # figure, model
     found: dict[str, list[dict]] = {figure: [] for figure in arguments.figures}
     for shot in tqdm(shots, unit=" checkpoints"):
-        actor = load_actor(config, path=shot.folder)
+        actor = load_actor(config, path=shot.folder, train=False)
         if engine is None:
-            engine = make_engine(config, actor, shot.folder)
+            engine = make_engine(config, actor)
         engine.actor = actor
         sync(engine, actor)
         if shot.start not in panels:  # a run's first snapshot is its start
@@ -133,7 +134,9 @@ def play_panel(engine: Engine, config: Config) -> list[judge.Question]:
     tasks = random.Random(0).sample(tasks, min(config.eval.games, len(tasks)))
     pool = [envs.make_env(config.env) for _ in range(min(config.rollout.concurrency, len(tasks)))]
     episodes = collect(engine, pool, tasks, config, iteration=EVALUATION, members=1)
-    judge.label_episodes(episodes, config, random.Random(0), budget=sum(len(episode.steps) for episode in episodes))
+    # the teacher sees as many steps per episode as in training, so that the mix of labels is that which is trained on
+    shown = config.judge.teacher_steps * len(episodes) // (config.rollout.groups * config.rollout.group_size)
+    judge.label_episodes(episodes, config, random.Random(0), budget=shown)
     return judge.pick(episodes, config.judge.questions, random.Random(0))
 
 
@@ -178,7 +181,7 @@ def output_errors(
     actor: Actor, hidden_TH: torch.Tensor, target_T: torch.Tensor, temperature: float
 ) -> Iterator[torch.Tensor]:
     """One-hot of each token minus the policy's probabilities, over the whole vocabulary, in parts [T, some tokens]."""
-    parts = actor.model.get_output_embeddings().weight.split(VOCABULARY_PART)
+    parts = actor.inner.get_output_embeddings().weight.split(VOCABULARY_PART)
 
     def logits(weight_CH: torch.Tensor) -> torch.Tensor:
         with actor.autocast():

@@ -104,6 +104,13 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # transformers' attn_implementation
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    tune: Literal["full", "lora", "qlora"] = (
+        "full"  # all weights; an adapter of all linear layers; that on 4-bit weights
+    )
+    lora_rank: int = 32
+    lora_alpha: float = 64.0
+    # weights in shards over the ranks (FSDP2) or whole on each; auto: sharded on CUDA where all of them are trained
+    shard: Literal["auto", "always", "never"] = "auto"
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 1/3 more time
     tiny_hidden: int = 128  # the four sizes of a "tiny" model
     tiny_layers: int = 4
@@ -263,7 +270,10 @@ class TrainConfig:
     schedule: Literal["constant", "linear"] = "constant"  # linear: falls by iterations' share, to 0 after the last one
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # with moments in float32, or in 8 bits (bitsandbytes)
     max_grad_norm: float = 1.0
+    max_bad_steps: int = 3  # steps in a row that are skipped for a gradient that is not finite; one more ends the run
+    timeout_minutes: float = 60.0  # a rank that others have waited for so long has hung, and the run ends
     rows_per_update: int = 256  # actor rows per optimizer step, over all ranks; the judge's rows are dealt out alike
     tokens_per_micro_batch: int = 16384
     old_logprobs: Literal["trainer", "engine"] = "trainer"  # whose log-probs the policy ratio is taken against

@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 import envs
 from config import Config, ConfigError
-from model import join_ranks, load_actor
+from model import load_actor
+from ranks import join_ranks
 from rollout import Engine, Episode, collect, make_engine
 
 EVALUATION = -1  # takes the iteration's place in sampling seeds, so they differ from training's
@@ -67,10 +68,10 @@ def main() -> None:
     rank, _ = join_ranks(config)
     for level in config.eval.levels:
         envs.tasks(config.env, level, "eval")  # missing data fail before the model is loaded
-    actor = load_actor(config, path=arguments.ckpt)
+    actor = load_actor(config, path=arguments.ckpt, train=False)
     rules_file = Path(arguments.ckpt) / "guidelines.json"
     rules = json.loads(rules_file.read_text()) if rules_file.is_file() else []
-    engine = make_engine(config, actor, arguments.ckpt)
+    engine = make_engine(config, actor)
     started = time.monotonic()
     results, episodes = evaluate_levels(engine, config, rules, show=rank == 0)
     if "L2" in results:

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwe
 
 import config as configuration
 from config import Config, ConfigError
-from model import LOGIT_CHUNK, tiny_shape
+from model import LOGIT_CHUNK
+from tinymodel import tiny_shape
 
 GIB = 2**30
 UNCOUNTED_GIB = 2.0  # the allocator's waste, CUDA's libraries

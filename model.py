@@ -1,10 +1,13 @@
-"""The actor and PPO's critic: load or build a model and tokenizer, log-probs of sampled tokens, optimizer, checkpoints.
+"""The actor and PPO's critic: load a model and tokenizer, full or with an adapter, log-probs of tokens, checkpoints.
 
 A "row" is one prompt and one response, as token ids.  Log-probs are computed on response tokens only: the backbone runs
 over the whole row, the lm_head on the positions that predict a response token, in chunks that are recomputed in the
 backward pass, so that no [tokens, vocabulary] tensor of the prompts ever exists.  Rows are packed end to end on CUDA
 (positions restart at each row, which transformers reads as the border that attention must not cross) and padded to the
 longest of a length-sorted micro-batch on CPU, where the packed attention mask costs more than the padding.
+
+What is trained is float32: all weights (model.tune=full), or a LoRA adapter of all linear layers on a base that is
+frozen in the dtype computed in (lora) or in 4 bits (qlora).
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,36 +24,37 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
 from transformers.utils import logging as hf_logging
 
-import prompts
 from config import Config, ConfigError
+from ranks import full, gathered, is_sharded, pick_device, shard, whole
+from tinymodel import add_phrases, build_tiny
 
 hf_logging.disable_progress_bar()
 
 LOGIT_CHUNK = 2048  # response tokens whose logits exist at the same time
 PROBE = "Your task is to: put two soapbar in cabinet 12.\n<think>Need it.</think><action>go to toilet 1</action>"
-CHAT_TEMPLATE = (  # Qwen's chat format, without its default system message
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @dataclass
 class Actor:
     """A model with its tokenizer, on its device.
 
-    Its weights are float32; `dtype` is what they are computed in, under autocast. `packed`: rows are laid end to end.
+    `dtype` is what it computes in, under autocast. `packed`: rows are laid end to end. `base`: the folder or hub id
+    that has its config.json; with an adapter that of the model under it.
     """
 
     model: torch.nn.Module
@@ -58,6 +62,12 @@ class Actor:
     device: torch.device
     dtype: torch.dtype = torch.float32
     packed: bool = False
+    base: str = ""
+
+    @property
+    def inner(self) -> torch.nn.Module:
+        """transformers' model, without the adapter's wrapping."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
@@ -78,81 +88,31 @@ class Actor:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def pick_device(config: Config) -> torch.device:
-    """The device of this rank. Raises ConfigError if CUDA is asked for and absent."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no GPU; use device=cpu or device=auto")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def join_ranks(config: Config) -> tuple[int, int]:
-    """(rank, world size): join torchrun's process group, or make one of a single process."""
-    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1").items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    on_cpu = pick_device(config).type == "cpu"
-    if not on_cpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def sum_gradients(model: torch.nn.Module) -> None:
-    """Add up the ranks' gradients in place (losses are divided by global counts, so the sum is the gradient).
-
-    Where there were no rows it is 0, not missing: the optimizer's step is then the same on every rank and world size.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if dist.get_world_size() == 1:
-        return
-    gradients = [parameter.grad for parameter in trained]
-    flat = torch._utils._flatten_dense_tensors(gradients)
-    dist.all_reduce(flat)
-    for gradient, total in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-        gradient.copy_(total)
-
-
-def gather(items: list) -> list:
-    """The ranks' lists end to end, on every rank."""
-    if dist.get_world_size() == 1:
-        return items
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def total(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Sums by key."""
-    return {key: sum(record.get(key, 0) for record in records) for key in sorted({key for r in records for key in r})}
-
-
-def load_actor(config: Config, corpus: Sequence[str] = (), path: str = "") -> Actor:
+def load_actor(
+    config: Config, corpus: Sequence[str] = (), path: str = "", train: bool = True, phrases: bool = False
+) -> Actor:
     """The actor of `path` (default: config.model.path), in evaluation mode.
 
     "tiny" builds one from scratch (tokenizer trained on `corpus`, weights from config.seed); anything else is a
-    Hugging Face id or folder. Raises ConfigError if it cannot be found.
+    Hugging Face id or folder, or that of an adapter, which with model.tune=full becomes part of the weights. Without
+    `train` it is whole on every rank, frozen, in the dtype it computes in. `phrases`: see tinymodel.add_phrases. Raises
+    ConfigError if it cannot be found.
     """
     path = path or config.model.path
     if path == "tiny":
         model, tokenizer = build_tiny(config, corpus)
-    else:
-        check_path(path)
-        try:
-            tokenizer = load_tokenizer(path)
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation=config.model.attention
-            )
-        except OSError as error:  # for instance a hub id without a network
-            raise ConfigError(f"no model at {path}: {' '.join(str(error).split())}") from None
-    return _place(config, model, tokenizer)
+        return _place(config, model, tokenizer, "tiny", "", train)
+    check_path(path)
+    adapter = path if (Path(path) / "adapter_config.json").is_file() else ""
+    base = base_of(path)
+    try:
+        tokenizer = load_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(base, **_how_to_load(config, train))
+    except (OSError, SafetensorError) as error:  # for instance a hub id without a network, or half a file
+        raise ConfigError(f"no model at {base}: {' '.join(str(error).split())}") from None
+    if phrases:
+        add_phrases(model, tokenizer)
+    return _place(config, model, tokenizer, base, adapter, train)
 
 
 def load_critic(config: Config, actor: Actor, path: str) -> Actor:
@@ -160,36 +120,149 @@ def load_critic(config: Config, actor: Actor, path: str) -> Actor:
 
     The head of a language model's checkpoint starts at 0: the first values are 0, the same on every rank.
     """
+    adapter = path if (Path(path) / "adapter_config.json").is_file() else ""
+    base = base_of(path)
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # it would tell that the head is new
-    shape = AutoConfig.from_pretrained(path, num_labels=1, attn_implementation=config.model.attention)
+    shape = AutoConfig.from_pretrained(base, num_labels=1)
     shape.classifier_dropout = 0.0
     model, report = AutoModelForTokenClassification.from_pretrained(
-        path, config=shape, dtype=torch.float32, output_loading_info=True
+        base, config=shape, output_loading_info=True, **_how_to_load(config, train=True)
     )
     hf_logging.set_verbosity(verbosity)
     if report["missing_keys"]:
         torch.nn.init.zeros_(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
-    return _place(config, model, actor.tokenizer)
+    model.score.float()
+    return _place(config, model, actor.tokenizer, base, adapter, train=True, task="TOKEN_CLS")
 
 
-def _place(config: Config, model: torch.nn.Module, tokenizer: Any) -> Actor:
-    """The model on this rank's device, in evaluation mode."""
-    device = pick_device(config)
-    on_cuda = device.type == "cuda"
-    auto = "bfloat16" if on_cuda else "float32"
-    dtype = getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return Actor(model.to(device).eval(), tokenizer, device, dtype, packed=on_cuda)
+def load_reference(config: Config, actor: Actor) -> Actor | None:
+    """What a KL term holds the actor to: the model that the run started from, also after a resume.
+
+    With an adapter it is the actor's own base, with the adapter that the run started from, if there was one. Else it is
+    a model of its own, which waits in main memory (`as_reference`).
+    """
+    if config.algo.kl == 0:
+        return None
+    if config.model.tune == "full":
+        reference = load_actor(config, train=False)
+        reference.model.to("cpu")
+        return reference
+    if (Path(config.model.path) / "adapter_config.json").is_file():
+        actor.model.load_adapter(config.model.path, "initial", is_trainable=False)
+        actor.model.set_adapter("default")
+    return actor
+
+
+@contextmanager
+def as_reference(reference: Actor, actor: Actor) -> Iterator[Actor]:
+    """The reference, ready to score: on the device, or the actor with the adapter that is being trained taken out."""
+    if reference is not actor:
+        reference.model.to(reference.device)
+        yield reference
+        reference.model.to("cpu")
+    elif "initial" in actor.model.peft_config:
+        actor.model.set_adapter("initial")
+        yield actor
+        actor.model.set_adapter("default")
+    else:
+        with actor.model.disable_adapter():
+            yield actor
+
+
+def base_of(path: str) -> str:
+    """The folder or hub id of the whole model that `path` is or is an adapter of; folders are resolved, for `latest`
+    will point elsewhere. Raises ConfigError where it is gone."""
+    file = Path(path) / "adapter_config.json"
+    base = json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else path
+    if base != path:
+        check_path(base)
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """What trainer and engine compute in."""
+    auto = "bfloat16" if pick_device(config).type == "cuda" else "float32"
+    return getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
+
+
+def shards(config: Config) -> bool:
+    """Whether weights that are trained are sharded over the ranks."""
+    alone = dist.get_world_size() == 1 if dist.is_initialized() else True
+    auto = config.model.tune == "full" and pick_device(config).type == "cuda"
+    return not alone and {"auto": auto, "always": True, "never": False}[config.model.shard]
+
+
+def _how_to_load(config: Config, train: bool) -> dict[str, Any]:
+    """from_pretrained's arguments: what is trained comes in float32, what is frozen in the dtype computed in."""
+    whole_in_float32 = train and config.model.tune == "full"
+    how: dict[str, Any] = {"dtype": torch.float32 if whole_in_float32 else compute_dtype(config)}
+    how["attn_implementation"] = config.model.attention
+    if config.model.tune == "qlora" and train:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=how["dtype"]
+        )
+        how["device_map"] = {"": pick_device(config)}
+    return how
+
+
+def _place(
+    config: Config,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    base: str,
+    adapter: str,
+    train: bool,
+    task: str = "CAUSAL_LM",
+) -> Actor:
+    """The model on this rank's device, in evaluation mode, with its adapter, in its shards."""
+    device, tune = pick_device(config), config.model.tune
+    if config.model.gradient_checkpointing and train:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if tune != "full" or adapter:
+        model = _adapt(config, model, base, adapter, task)
+    if tune == "full" and adapter:
+        model = model.merge_and_unload()
+    if not train:
+        model.requires_grad_(False)
+    actor = Actor(model.eval(), tokenizer, device, compute_dtype(config), packed=device.type == "cuda", base=base)
+    if train and shards(config):
+        shard(model, actor.inner.base_model.layers, device, actor.dtype)
+    elif tune != "qlora" or not train:
+        model.to(device)
+    return actor
+
+
+def _adapt(config: Config, model: torch.nn.Module, base: str, adapter: str, task: str) -> PeftModel:
+    """The model with a LoRA adapter on all linear layers: a new one, or that of the folder `adapter`."""
+    sizes = {"r": config.model.lora_rank, "lora_alpha": config.model.lora_alpha}
+    if adapter:
+        made = json.loads((Path(adapter) / "adapter_config.json").read_text())
+        found = {key: made[key] for key in sizes}
+        if config.model.tune != "full" and found != sizes:
+            raise ConfigError(
+                f"the adapter {adapter} has rank {found['r']} and alpha {found['lora_alpha']}: "
+                "set model.lora_rank and model.lora_alpha to these"
+            )
+        sizes = found
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # the same on every rank
+        adapted = get_peft_model(model, LoraConfig(**sizes, target_modules="all-linear", task_type=task))
+    adapted.peft_config["default"].base_model_name_or_path = base
+    if adapter:
+        report = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu"))
+        if report.unexpected_keys:
+            raise ConfigError(f"the adapter {adapter} does not fit {base}: it has {report.unexpected_keys[0]}, ...")
+    return adapted
 
 
 def check_path(path: str) -> None:
     """A local model folder must be whole. Raises ConfigError; a hub id ("owner/name") passes."""
     folder = Path(path)
     if folder.is_dir():
-        for needed in ("config.json", "tokenizer.json"):
+        adapter = (folder / "adapter_config.json").is_file()
+        for needed in ("adapter_config.json" if adapter else "config.json", "tokenizer.json"):
             if not (folder / needed).is_file():
                 raise ConfigError(f"{path} is not a model folder: it has no {needed}")
         if not any(folder.glob("*.safetensors")):
@@ -222,126 +295,6 @@ def load_tokenizer(path: str) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tiny model: Qwen2 architecture, byte-level BPE, built from text in seconds
-
-
-def build_tiny(config: Config, corpus: Sequence[str]) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
-    """A Qwen2 model with random weights and a tokenizer trained on `corpus`, both determined by corpus and seed."""
-    if not corpus:
-        raise ConfigError("model.path=tiny needs text to train its tokenizer on; train it with train_sft.py first")
-    tokenizer = build_tokenizer(corpus, config.model.tiny_vocab)
-    shape = tiny_shape(config, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.model.attention)
-    return model, tokenizer
-
-
-def tiny_shape(config: Config, vocab: int, eos: int | None = None, pad: int | None = None) -> Qwen2Config:
-    """The sizes of a "tiny" model."""
-    sizes = config.model
-    return Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=sizes.tiny_hidden,
-        intermediate_size=2 * sizes.tiny_hidden,
-        num_hidden_layers=sizes.tiny_layers,
-        num_attention_heads=sizes.tiny_heads,
-        num_key_value_heads=max(1, sizes.tiny_heads // 2),
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=eos,
-        pad_token_id=pad,
-    )
-
-
-# What becomes one token in the tiny tokenizer: the templates' passages, the frames of ALFWorld's sentences and lists
-# (PHRASES, before anything else), then the glue between list items, then words with their space, then numbers.
-PHRASES = (
-    "user\n",
-    "assistant\n",
-    "-= Welcome to TextWorld, ALFRED! =-\n\n",
-    "You are in the middle of a room. Looking quickly around you, you see",
-    "\n\nYour task is to:",
-    "You arrive at",
-    "You pick up the",
-    "You move the",
-    "You open the",
-    "You close the",
-    "You are facing the",
-    "You are carrying:",
-    "You are not carrying anything.",
-    "There's nothing special about",
-    "Nothing happens.",
-    ". Next to it, you see nothing.",
-    ". In it, you see",
-    ". On the",
-    ". The",
-    " is closed",
-    " is open",
-    " from the",
-    " to the",
-    ", you see",
-    " nothing.",
-    "</think><action>",
-    "<answer>\\boxed{0}</answer>",
-    "<answer>\\boxed{1}</answer>",
-    *(frame.format(number) for number in range(1, 51) for frame in ("[Observation {}: '", "', Action {}: '")),
-)
-PIECES = (
-    r"(?:'\n )?'(?:go to|take|move|open|close|examine|use|heat|cool|clean|slice|look|inventory)(?=[ '])"
-    r"|'\]\n?|,? and an?(?= )|, an?(?= )| ?[A-Za-z]+| ?\d+|\n|[^\sA-Za-z\d]+|\s"
-)
-
-
-def fixed_phrases() -> list[str]:
-    """What is one token each in a tiny tokenizer."""
-    return [*prompts.boilerplate(), *PHRASES, *(f"<{slash}{tag}>" for tag in prompts.TAGS for slash in ("", "/"))]
-
-
-def add_phrases(actor: Actor) -> None:
-    """Give the model tokens for those fixed passages that its tokenizer lacks, for instance of another prompt style.
-
-    They start as the mean of the other embeddings, which is the same on every rank.
-    """
-    had = len(actor.tokenizer)
-    actor.tokenizer.add_tokens(fixed_phrases())
-    actor.model.resize_token_embeddings(len(actor.tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for weight in {actor.model.get_input_embeddings().weight, actor.model.get_output_embeddings().weight}:
-            weight[had:] = weight[:had].mean(0)
-
-
-def build_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Qwen's control tokens; the templates' fixed sentences are one token each."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    phrases = fixed_phrases()
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens(phrases)  # before training, so that their words do not compete for merges
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=special,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_tokens(phrases)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Rows and their log-probs
 
 
@@ -364,6 +317,11 @@ class Row:
     weights: np.ndarray | None = None  # [T] factors on the loss; 0: in no denominator either. None: all 1
     values: np.ndarray | None = None  # [T] the critic's before the update (PPO)
     returns: np.ndarray | None = None  # [T] what they are trained towards
+
+    @classmethod
+    def blank(cls) -> Row:
+        """What a rank computes, for nothing, while others compute the micro-batches that they have more of."""
+        return cls(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int32))
 
     @property
     def tokens(self) -> int:
@@ -404,16 +362,15 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob and entropy of every response token of `rows`, one row after the other: two float32 tensors [T].
 
-    The logits are divided by `temperature`, as the engine's were when it sampled. Entropies cost time, and with a
-    gradient memory, so "none" (zeros) leaves them out.
+    A collective operation where weights are sharded (`ranks.whole`). The logits are divided by `temperature`, as the
+    engine's were when it sampled. Entropies cost time, and with a gradient memory, so "none" (zeros) leaves them out.
     """
-    hidden_TH, target_T = last_hidden(actor, rows)  # [T, H], [T]
-    return head_logprobs(actor, hidden_TH, target_T, temperature, entropy)
+    return whole(actor.model, lambda: head_logprobs(actor, *last_hidden(actor, rows), temperature, entropy))
 
 
 def last_hidden(actor: Actor, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the head is given where each response token of `rows` is predicted, and the tokens: [T, H], int64 [T]."""
-    model, device, packed = actor.model, actor.device, actor.packed
+    device, packed = actor.device, actor.packed
     lengths = [row.tokens for row in rows]
     width = sum(lengths) if packed else max(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packed else np.arange(len(rows)) * width
@@ -429,7 +386,8 @@ def last_hidden(actor: Actor, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.
     input_ids = torch.from_numpy(ids.reshape(shape)).to(device)  # [1, T] or [B, L]
     position_ids = torch.from_numpy(position.reshape(shape)).to(device) if packed else None
     with actor.autocast():
-        hidden = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        backbone = actor.inner.base_model
+        hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     hidden_TH = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(source)).to(device)]  # [T, H]
     target_T = torch.from_numpy(np.concatenate(target).astype(np.int64)).to(device)  # [T]
     return hidden_TH, target_T
@@ -443,7 +401,7 @@ def head_logprobs(
     entropy: Literal["none", "value", "gradient"] = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The second half of token_logprobs: from hidden states to log-probs and entropies, two float32 tensors [T]."""
-    head = actor.model.get_output_embeddings()
+    head = actor.inner.get_output_embeddings()
 
     def score(hidden_C: torch.Tensor, target_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with actor.autocast():
@@ -466,8 +424,12 @@ def head_logprobs(
 
 def token_values(critic: Actor, rows: Sequence[Row]) -> torch.Tensor:
     """The critic's value where each response token of `rows` is predicted, in units of reward: float32 [T]."""
-    hidden_TH, _ = last_hidden(critic, rows)  # [T, H]
-    return critic.model.score(hidden_TH.float())[:, 0]  # [T] not under autocast: bfloat16 would round returns of 10
+
+    def score() -> torch.Tensor:
+        hidden_TH, _ = last_hidden(critic, rows)  # [T, H]
+        return critic.inner.score(hidden_TH.float())[:, 0]  # [T] not under autocast: bfloat16 would round returns of 10
+
+    return whole(critic.model, score)
 
 
 def output_errors(
@@ -477,7 +439,7 @@ def output_errors(
 
     The probabilities are the whole vocabulary's, not renormalised: logp_T gives their denominator.
     """
-    head = actor.model.get_output_embeddings()
+    head = actor.inner.get_output_embeddings()
     vocabulary, index_T = target_T.unique(return_inverse=True)  # [V], [T]
     with actor.autocast():  # as logp_T was computed
         error_TV = torch.nn.functional.linear(hidden_TH, head.weight[vocabulary]).float() / temperature  # [T, V]
@@ -500,25 +462,42 @@ def all_values(critic: Actor, rows: Sequence[Row], max_tokens: int) -> list[np.n
 
 def _by_row(actor: Actor, rows: Sequence[Row], max_tokens: int, compute: Callable) -> list[np.ndarray]:
     result: list[Any] = [None] * len(rows)
-    for group in micro_batches(rows, max_tokens, actor.packed):
-        value_T = compute([rows[index] for index in group])  # [T]
-        for index, part in zip(group, value_T.split([len(rows[index].response_ids) for index in group]), strict=True):
-            result[index] = part.float().cpu().numpy()
+    with gathered(actor.model):
+        for group in micro_batches(rows, max_tokens, actor.packed):
+            value_T = compute([rows[index] for index in group])  # [T]
+            lengths = [len(rows[index].response_ids) for index in group]
+            for index, part in zip(group, value_T.split(lengths), strict=True):
+                result[index] = part.float().cpu().numpy()
     return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimizer and checkpoints
+# Weights for the engine, and checkpoints
 
 
-def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)):
-    """AdamW with weight decay on matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+def named_weights(actor: Actor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight by the name that the model has without adapter and shards, one by one: whole, the adapter added in,
+    in the dtype computed in. Nothing of the model changes. A collective operation where weights are sharded."""
+    modules = dict(actor.inner.named_modules())
+    # state_dict() and not named_parameters(): it holds the tied lm_head
+    for name, tensor in actor.inner.state_dict().items():
+        owner, _, kind = name.rpartition(".")
+        if ".lora_" in name or ".base_layer.weight." in name:  # adapters; how 4 bits were made of a weight
+            continue
+        if name.endswith(".base_layer.weight"):
+            tensor = _merged(modules[owner.removesuffix(".base_layer")])
+        yield name.replace(".base_layer.", "."), full(tensor).to(actor.dtype)
+
+
+def _merged(layer: LoraLayer) -> torch.Tensor:
+    """A layer's weight with its adapter, in float32."""
+    weight = layer.base_layer.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    down, up = (full(matrix["default"].weight).float() for matrix in (layer.lora_A, layer.lora_B))
+    return full(weight).float() + (up @ down) * layer.scaling["default"]
 
 
 def save_model(
@@ -527,30 +506,52 @@ def save_model(
     extra: dict[str, Any] | None = None,
     state: dict[str, Any] | None = None,
     critic: Actor | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
 ) -> None:
-    """Write a Hugging Face folder that transformers and vLLM load as it is, all of it or nothing.
+    """Write a Hugging Face folder that transformers (an adapter: peft) and vLLM load as it is, all of it or nothing.
 
-    `extra` maps file names to JSON content; `state` (optimizer, iteration, ...) goes to trainer/state.pt, PPO's critic
-    to trainer/critic/.
+    Called by all ranks; rank 0 writes, and with sharded weights each rank its optimizers' parts. `extra` maps file
+    names to JSON content; `state` goes to trainer/state.pt, PPO's critic to trainer/critic/, optimizers beside it.
     """
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    actor.model.save_pretrained(temporary)
-    actor.tokenizer.save_pretrained(temporary)
-    for name, content in (extra or {}).items():
-        (temporary / name).write_text(json.dumps(content, indent=1, ensure_ascii=False))
-    if state is not None:
-        (temporary / "trainer").mkdir()
-        torch.save(state, temporary / "trainer" / "state.pt")
-        if critic:
-            critic.model.save_pretrained(temporary / "trainer" / "critic")
-    replaced = folder.with_name(folder.name + ".replaced")
-    if folder.exists():
+    joined = dist.is_initialized()
+    rank, wait = (dist.get_rank(), dist.barrier) if joined else (0, lambda: None)
+    temporary, replaced = (folder.with_name(folder.name + end) for end in (".partial", ".replaced"))
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "trainer" if state is not None else temporary).mkdir(parents=True)
+    wait()
+    _write(actor.model, temporary, rank)
+    if critic:
+        _write(critic.model, temporary / "trainer" / "critic", rank)
+    if optimizers and (rank == 0 or is_sharded(actor.model)):
+        torch.save([one.state_dict() for one in optimizers], temporary / "trainer" / f"optimizers_{rank}.pt")
+    if rank == 0:
+        actor.tokenizer.save_pretrained(temporary)
+        for name, content in (extra or {}).items():
+            (temporary / name).write_text(json.dumps(content, indent=1, ensure_ascii=False))
+        if state is not None:
+            torch.save(state, temporary / "trainer" / "state.pt")
+    wait()
+    if rank == 0:
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
+        temporary.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    temporary.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    wait()
+
+
+def _write(model: torch.nn.Module, folder: Path, rank: int) -> None:
+    """save_pretrained by rank 0, of sharded weights as of others."""
+    how: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    if is_sharded(model):
+        how["state_dict"], seen = {}, {}
+        for name, tensor in model.state_dict().items():
+            weight, place = full(tensor), tensor.to_local().data_ptr() or name
+            if rank == 0:  # tied weights stay one
+                how["state_dict"][name] = seen.setdefault(place, weight.cpu())
+    if rank == 0:
+        model.save_pretrained(folder, **how)
 
 
 def point_latest(folder: Path, keep: int) -> None:

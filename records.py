@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 import config as configuration
 from config import Config, ConfigError
-from model import Actor, Row, point_latest, save_model
+from model import Actor, Row, point_latest, save_model, shards
+from ranks import is_sharded
 from rollout import Episode
 
 # When a run goes on: what does not change the training, or is the cure of what ended it. The number of iterations only
@@ -186,17 +188,21 @@ def save_checkpoint(
     iteration: int,
     progress: dict,
 ) -> None:
-    """checkpoints/<iteration>/ and then `latest`, each atomically. `progress` is what else the loop carries along; its
-    "rules" go into the prompts of whoever loads the checkpoint."""
+    """checkpoints/<iteration>/ and then `latest`, each atomically; called by all ranks.
+
+    `progress` is what else the loop carries along; its "rules" go into the prompts of whoever loads the checkpoint.
+    """
     folder = config.run_dir / "checkpoints" / f"{iteration:06d}"
     state = {
         "iteration": iteration,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "parts": dist.get_world_size() if is_sharded(actor.model) else 1,  # of the optimizers' states
         "progress": progress,
         "config": configuration.to_dict(config),
     }
-    save_model(actor, folder, {"guidelines.json": progress["rules"]}, state, critic)
-    point_latest(folder, config.train.keep_checkpoints)
+    save_model(actor, folder, {"guidelines.json": progress["rules"]}, state, critic, optimizers)
+    if dist.get_rank() == 0:
+        point_latest(folder, config.train.keep_checkpoints)
+    dist.barrier()
 
 
 def critic_folder(checkpoint: str) -> str:
@@ -218,13 +224,21 @@ def find_checkpoint(config: Config) -> tuple[Path | None, dict]:
     then = default | _flat(state["config"])  # an option that is younger than the run had its default's effect
     free = FREE_TO_CHANGE - ({"train.iterations"} if config.train.schedule == "linear" else set())
     changed = [key for key in now | then if now.get(key) != then.get(key) and not {key, key.split(".")[0]} & free]
-    if "optimizers" not in state:
+    if "parts" not in state:
         raise ConfigError(f"{folder} was saved by another version of the project: choose another name (--set name=...)")
     if changed:
         raise ConfigError(
             f"{config.run_dir} was made with other settings ({', '.join(changed)}): choose another name "
             f"(--set name=...) or delete the folder"
         )
+    parts, here = state["parts"], dist.get_world_size() if shards(config) else 1
+    if parts != here:
+        raise ConfigError(
+            f"{folder} has its optimizer in {parts} parts, this run would have {here}: resume on as many ranks and "
+            "with the same model.shard, or start another run from its weights (model.path)"
+        )
+    own = folder / "trainer" / f"optimizers_{dist.get_rank() if parts > 1 else 0}.pt"
+    state["optimizers"] = torch.load(own, weights_only=True, map_location="cpu")
     return folder.resolve(), state
 
 

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import prompts
 from config import Config, ConfigError
 from envs import Observation, Task
-from model import Actor, Row, all_logprobs
+from model import Actor, Row, all_logprobs, named_weights
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Engine:
 class VllmEngine(Engine):
     """vLLM in this process (TP 1, external launcher: each rank of torchrun has an engine of its own)."""
 
-    def __init__(self, actor: Actor, folder: str, config: Config) -> None:
+    def __init__(self, actor: Actor, config: Config) -> None:
         super().__init__(actor)
         on_cpu = actor.device.type == "cpu"
         settings = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
@@ -173,7 +173,7 @@ class VllmEngine(Engine):
             else dict(gpu_memory_utilization=config.rollout.gpu_memory_utilization)
         )
         self.llm = LLM(
-            folder,
+            actor.base,
             dtype=str(actor.dtype).removeprefix("torch."),
             max_model_len=longest,
             max_num_seqs=config.rollout.concurrency,
@@ -298,8 +298,8 @@ class _SeededSampler:
         return noisy.to(scores.device)
 
 
-def make_engine(config: Config, actor: Actor, folder: str) -> Engine:
-    """The engine that `rollout.engine` names, holding the actor's weights; `folder` has the model's config.json.
+def make_engine(config: Config, actor: Actor) -> Engine:
+    """The engine that `rollout.engine` names, holding the actor's weights.
 
     The process group must exist (vLLM joins it). Raises ConfigError if vLLM is asked for and not installed.
     """
@@ -312,14 +312,14 @@ def make_engine(config: Config, actor: Actor, folder: str) -> Engine:
         )
     if kind == "transformers" or not installed:
         return TransformersEngine(actor, config.rollout.concurrency)
-    engine = VllmEngine(actor, folder, config)
+    engine = VllmEngine(actor, config)
     sync(engine, actor)
     return engine
 
 
 def sync(engine: Engine, actor: Actor) -> None:
-    """Give the engine the trainer's weights. state_dict() and not named_parameters(): it holds the tied lm_head."""
-    engine.load_weights((name, tensor.detach().to(actor.dtype)) for name, tensor in actor.model.state_dict().items())
+    """Give the engine the trainer's weights, one by one: there is never a second whole copy of them."""
+    engine.load_weights(named_weights(actor))
 
 
 def canary(engine: Engine, actor: Actor, prompt_ids: Sequence[Sequence[int]], config: Config) -> float:

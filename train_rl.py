@@ -42,20 +42,18 @@ from model import (
     Row,
     all_logprobs,
     all_values,
-    gather,
+    as_reference,
     head_logprobs,
-    join_ranks,
     last_hidden,
     load_actor,
     load_critic,
-    make_optimizer,
+    load_reference,
     micro_batches,
     output_errors,
-    sum_gradients,
     token_logprobs,
     token_values,
-    total,
 )
+from ranks import aligned, gather, gathered, join_ranks, make_optimizer, step, total
 from records import Clock, Log, critic_folder, find_checkpoint, rollout_metrics, row_metrics, save_checkpoint
 from rollout import Engine, Episode, canary, collect, make_engine, sync
 from rows import actor_rows, add_critic, has_gradient, judge_rows, mini_batches, needs_score, weigh
@@ -83,7 +81,7 @@ def train(config: Config) -> None:
     actor, reference, critic, optimizers = load_models(config, folder, state)
     start, progress = state.get("iteration", 0), state.get("progress") or {"advice": [], "rules": first_rules(config)}
     teacher = judge.make_endpoint(config, world, progress.get("teacher"))
-    engine = make_engine(config, actor, folder)
+    engine = make_engine(config, actor)
     own_groups, own_questions = config.rollout.groups // world, config.judge.questions // world
     in_flight = min(config.rollout.concurrency, own_groups * config.rollout.group_size)
     pool = [envs.make_env(config.env) for _ in range(in_flight)]
@@ -146,9 +144,7 @@ def train(config: Config) -> None:
         if log:
             log.write(iteration, metrics | clock.metrics(rows), episodes, questions, progress["rules"])
         if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == config.train.iterations:
-            if rank == 0:
-                save_checkpoint(actor, critic, optimizers, config, iteration + 1, progress)
-            dist.barrier()
+            save_checkpoint(actor, critic, optimizers, config, iteration + 1, progress)
 
     if rank == 0:
         print(f"{config.train.iterations} iterations done: {config.run_dir / 'checkpoints' / 'latest'}", flush=True)
@@ -158,15 +154,16 @@ def train(config: Config) -> None:
 def load_models(
     config: Config, folder: str, state: dict
 ) -> tuple[Actor, Actor | None, Actor | None, list[torch.optim.Optimizer]]:
-    """The actor of `folder`, the reference (the initial model, also after a resume) for a KL term, PPO's critic, and
-    the optimizers of actor and critic, as `state` has them."""
+    """The actor of `folder`, the reference for a KL term, PPO's critic, and the optimizers of actor and critic, as
+    `state` has them."""
     actor = load_actor(config, path=folder)
-    reference = load_actor(config) if config.algo.kl > 0 else None
+    reference = load_reference(config, actor)
     critic = load_critic(config, actor, critic_folder(folder)) if config.algo.advantage == "ppo" else None
     train = config.train
-    optimizers = [make_optimizer(actor.model, train.lr, train.weight_decay, train.betas)]
+    rest = (train.weight_decay, train.betas, train.optimizer)
+    optimizers = [make_optimizer(actor.model, train.lr, *rest)]
     if critic:
-        optimizers.append(make_optimizer(critic.model, train.critic_lr, train.weight_decay, train.betas))
+        optimizers.append(make_optimizer(critic.model, train.critic_lr, *rest))
     for optimizer, kept in zip(optimizers, state.get("optimizers", []), strict=bool(state)):
         optimizer.load_state_dict(kept)
     return actor, reference, critic, optimizers
@@ -273,7 +270,8 @@ def score(actor: Actor, reference: Actor | None, critic: Actor | None, rows: Seq
     critic's values; from these the weights of tokens, and NTHR's change of advantages."""
     budget, temperature = config.train.tokens_per_micro_batch, config.rollout.temperature
     if config.algo.nthr:
-        contrast(actor, [row for row in rows if not row.judge], config)
+        with gathered(actor.model):
+            contrast(actor, [row for row in rows if not row.judge], config)
     scored = [row for row in rows if needs_score(row, config)]
     if config.train.old_logprobs == "engine":
         for row in scored:
@@ -282,8 +280,9 @@ def score(actor: Actor, reference: Actor | None, critic: Actor | None, rows: Seq
     for row, logprobs in zip(todo, all_logprobs(actor, todo, budget, temperature), strict=True):
         row.old_logprobs = logprobs
     if reference:
-        for row, logprobs in zip(scored, all_logprobs(reference, scored, budget, temperature), strict=True):
-            row.ref_logprobs = logprobs
+        with as_reference(reference, actor) as initial:
+            for row, logprobs in zip(scored, all_logprobs(initial, scored, budget, temperature), strict=True):
+                row.ref_logprobs = logprobs
     if critic:
         acted = [row for row in rows if not row.judge]
         for row, values in zip(acted, all_values(critic, acted, budget), strict=True):
@@ -336,10 +335,13 @@ def update(
     for number, batch in enumerate(batches):
         totals = denominators(batch)
         own = [row for row in batch[rank] if has_gradient(row, config)]
-        for group in micro_batches(own, train.tokens_per_micro_batch, packed):
-            part = [own[index] for index in group]
+        for group in aligned(micro_batches(own, train.tokens_per_micro_batch, packed), actor.model):
+            part = [own[index] for index in group] or [Row.blank()]
             entropy = "gradient" if config.algo.entropy else "value"
             logp_T, entropy_T = token_logprobs(actor, part, config.rollout.temperature, entropy)  # [T], [T]
+            if not group:  # another rank has more of them
+                (0 * logp_T.sum()).backward()
+                continue
             loss, parts = micro_batch_loss(logp_T, entropy_T, part, totals, config)
             loss.backward()
             for key, value in parts.items():
@@ -349,7 +351,8 @@ def update(
             real = sum(row.tokens for row in part)
             sums["real"] += real
             sums["padded"] += real if packed else max(row.tokens for row in part) * len(part)
-        sums["grad_norm"] += step(actor.model, optimizer, learning_rate, train.max_grad_norm) / world
+        set_lr(optimizer, learning_rate)
+        sums["grad_norm"] += step(actor.model, optimizer, train.max_grad_norm) / world
     actor.model.eval()
 
     if train.old_logprobs == "trainer":  # every rank knows all rows' gaps
@@ -357,15 +360,9 @@ def update(
     return {"train/lr": learning_rate} | _update_metrics(sums, np.concatenate(gaps or [np.zeros(0)]), len(batches))
 
 
-def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
-    """One optimizer step on the sum of the ranks' gradients; returns their norm before clipping."""
-    sum_gradients(model)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
 
 
 def denominators(batch: Sequence[Sequence[Row]]) -> dict[bool, tuple[int, int]]:
@@ -462,9 +459,12 @@ def update_critic(
     for batch in batches:
         tokens = sum(len(row.returns) for share in batch for row in share if row.returns is not None)
         own = [row for row in batch[rank] if row.returns is not None]
-        for group in micro_batches(own, config.train.tokens_per_micro_batch, critic.packed):
-            part = [own[index] for index in group]
+        for group in aligned(micro_batches(own, config.train.tokens_per_micro_batch, critic.packed), critic.model):
+            part = [own[index] for index in group] or [Row.blank()]
             value_T = token_values(critic, part)  # [T]
+            if not group:
+                (0 * value_T.sum()).backward()
+                continue
             old_T, return_T = (
                 torch.from_numpy(np.concatenate(one)).to(value_T)
                 for one in zip(*((row.values, row.returns) for row in part), strict=True)
@@ -475,8 +475,8 @@ def update_critic(
             sums["loss"] += float(loss.detach())
             sums["clipped"] += float(seen["value_clip_fraction"]) * len(value_T)
             sums["tokens"] += len(value_T)
-        lr = config.train.critic_lr * lr_factor(config, iteration)
-        sums["grad_norm"] += step(critic.model, optimizer, lr, config.train.max_grad_norm) / world
+        set_lr(optimizer, config.train.critic_lr * lr_factor(config, iteration))
+        sums["grad_norm"] += step(critic.model, optimizer, config.train.max_grad_norm) / world
     critic.model.eval()
     sums = total(gather([sums]))
     acted = [row for row in rows if row.returns is not None]

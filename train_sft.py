@@ -44,17 +44,14 @@ from judge import expert_verdict
 from model import (
     Actor,
     Row,
-    add_phrases,
-    join_ranks,
     last_hidden,
     load_actor,
-    make_optimizer,
     micro_batches,
     point_latest,
     save_model,
-    sum_gradients,
     token_logprobs,
 )
+from ranks import aligned, join_ranks, make_optimizer, step, whole
 from teacher import Teacher, check_key
 from thoughts import ADVICE, SCIENCE_ADVICE, Situation, critique, need, places, reply, thought
 
@@ -411,14 +408,12 @@ def main() -> None:
     dist.barrier()
     rows = read_rows(rows_file(config))
     corpus = [row["prompt"] + row["response"] for row in rows[:: len(rows) // 5000 + 1]]
-    actor = load_actor(config, corpus)
-    if config.sft.phrases:
-        add_phrases(actor)
+    actor = load_actor(config, corpus, phrases=config.sft.phrases)
     head = value_head(actor) if config.sft.variant == "value" else None
     train(actor, rows, config, head)
+    folder = config.run_dir / "checkpoints" / "final"
+    save_model(actor, folder, state={"value_head": head.state_dict()} if head else None)
     if rank == 0:
-        folder = config.run_dir / "checkpoints" / "final"
-        save_model(actor, folder, state={"value_head": head.state_dict()} if head else None)
         point_latest(folder, keep=1)
         print(f"{len(rows)} rows, {config.sft.epochs} epochs: {folder.with_name('latest')}", flush=True)
     dist.barrier()
@@ -449,7 +444,7 @@ def classification_loss(
 
     Source: the value-based classifier of the paper's Table 3, on the same labels as the generative one.
     """
-    hidden_TH, _ = last_hidden(actor, rows)  # [T, H]
+    hidden_TH, _ = whole(actor.model, lambda: last_hidden(actor, rows))  # [T, H]
     ends = torch.tensor([len(row.response_ids) for row in rows]).cumsum(0) - 1  # [B]
     logit_B = head(hidden_TH[ends.to(actor.device)].float())[:, 0]  # [B]
     label_B = torch.tensor(labels, dtype=torch.float32, device=actor.device)  # [B]
@@ -465,7 +460,7 @@ def train(actor: Actor, rows: Sequence[dict], config: Config, head: torch.nn.Lin
     rank, world = dist.get_rank(), dist.get_world_size()
     sft = config.sft
     trained = torch.nn.ModuleList([actor.model, *([head] if head else [])])
-    optimizer = make_optimizer(trained, sft.lr, sft.weight_decay, (0.9, 0.95))
+    optimizer = make_optimizer(trained, sft.lr, sft.weight_decay, (0.9, 0.95), config.train.optimizer)
     number = math.ceil(len(rows) / sft.rows_per_update) * sft.epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, round(sft.warmup_ratio * number), number)
     if rank == 0:
@@ -486,23 +481,30 @@ def train(actor: Actor, rows: Sequence[dict], config: Config, head: torch.nn.Lin
         # over all ranks: weight, reply tokens, classified rows; then nll, rows classified rightly
         totals = torch.tensor([weight, replies, len(judged), 0.0, 0.0], dtype=torch.float64)
         dist.all_reduce(totals[:3])
-        for group in micro_batches([row for row, _ in own], sft.tokens_per_micro_batch, actor.packed):
+        imitated = micro_batches([row for row, _ in own], sft.tokens_per_micro_batch, actor.packed)
+        for group in aligned(imitated, actor.model):
+            if not group:  # another rank has more of them
+                (0 * token_logprobs(actor, [Row.blank()])[0].sum()).backward()
+                continue
             logp_T, _ = token_logprobs(actor, [own[index][0] for index in group])  # [T]
             weight_T = torch.from_numpy(np.concatenate([own[index][1] for index in group])).to(logp_T)  # [T]
             (-(logp_T * weight_T).sum() / float(totals[0])).backward()
             totals[3] -= float(logp_T.detach()[weight_T == 1].sum())
-        for group in micro_batches([ready(index)[0] for index in judged], sft.tokens_per_micro_batch, actor.packed):
+        classified = micro_batches([ready(index)[0] for index in judged], sft.tokens_per_micro_batch, actor.packed)
+        for group in aligned(classified, actor.model):
+            if not group:
+                (0 * classification_loss(actor, head, [Row.blank()], [0])[0]).backward()
+                continue
             part = [judged[place] for place in group]
             loss, right = classification_loss(
                 actor, head, [ready(index)[0] for index in part], [rows[index]["label"] for index in part]
             )
             (loss / float(totals[2])).backward()
             totals[4] += right
-        sum_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), sft.max_grad_norm)
-        optimizer.step()
+        norm = step(trained, optimizer, sft.max_grad_norm)
+        if not math.isfinite(norm):
+            raise RuntimeError(f"update {done}: the gradient is not finite; lower sft.lr, or look at the rows")
         schedule.step()
-        optimizer.zero_grad()
         if done % RECORD_EVERY == 0 or done == len(batches):
             dist.all_reduce(totals[3:])
             record = {
@@ -510,7 +512,7 @@ def train(actor: Actor, rows: Sequence[dict], config: Config, head: torch.nn.Lin
                 "epoch": epoch,
                 "train/nll_per_token": float(totals[3] / totals[1].clamp(min=1)),
                 **({"train/value_accuracy": float(totals[4] / totals[2])} if totals[2] else {}),
-                "train/grad_norm": float(norm),
+                "train/grad_norm": norm,
                 "train/lr": schedule.get_last_lr()[0],
                 "time/total": time.monotonic() - started,
             }

@@ -39,7 +39,8 @@ from tqdm import tqdm
 import envs
 from config import Config
 from envs import Observation, Task
-from model import Actor, join_ranks, load_actor
+from model import Actor, load_actor
+from ranks import join_ranks
 from rollout import Engine, Episode, Play, Sample, Sampling, collect, make_engine, stable_seed, sync
 
 Generate = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[Sample]]
@@ -181,7 +182,7 @@ def main() -> None:
     found = envs.tasks(config.env, config.env.level, "train")
     games = random.Random(config.seed).sample(found, arguments.games)
     actor = load_actor(config, path=arguments.ckpt)
-    engine = make_engine(config, actor, arguments.ckpt)
+    engine = make_engine(config, actor)
     brief = dataclasses.replace(config, env=dataclasses.replace(config.env, max_steps=2))
     for name in RUNS:
         measure(name, engine, games[:1], brief, 0.01, -1)

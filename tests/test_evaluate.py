@@ -137,7 +137,7 @@ def config(small_games):
 @pytest.fixture(scope="module")
 def engine(config):
     tiny.join()
-    return make_engine(config, load_actor(config), config.model.path)
+    return make_engine(config, load_actor(config))
 
 
 def test_levels_are_played_whole_and_repeatably(engine, config):

@@ -32,7 +32,7 @@ def actor(config) -> Actor:
 def engine(config, actor):
     """The one vLLM engine of this file. A test that changes the weights puts them back."""
     tiny.join()
-    engine = make_engine(config, actor, config.model.path)
+    engine = make_engine(config, actor)
     assert isinstance(engine, VllmEngine)
     yield engine
     engine.close()
@@ -40,7 +40,7 @@ def engine(config, actor):
 
 @pytest.fixture(scope="module")
 def slow_engine(config, actor) -> TransformersEngine:
-    made = make_engine(tiny.changed(config, "rollout.engine=transformers"), actor, "")
+    made = make_engine(tiny.changed(config, "rollout.engine=transformers"), actor)
     assert isinstance(made, TransformersEngine)
     return made
 

@@ -24,7 +24,8 @@ import prompts
 import rows as row_making
 import train_rl
 from config import Config, ConfigError
-from model import Actor, Row, all_logprobs, load_actor, load_critic, make_optimizer
+from model import Actor, Row, all_logprobs, load_actor, load_critic
+from ranks import make_optimizer
 from records import find_checkpoint, rollout_metrics, row_metrics
 from rollout import Episode, Step
 from rows import actor_rows, add_critic, mini_batches
@@ -47,21 +48,7 @@ def initial(config) -> Actor:
 
 @pytest.fixture(scope="module")
 def rows(config, initial, small_games) -> list[Row]:
-    """24 rows of different lengths, a third of them critiques, a quarter without advantage; the model's log-probs."""
-    rng = np.random.default_rng(0)
-    rows = [
-        Row(
-            np.array(initial.encode(text["prompt"])[-rng.integers(1, 150) :], dtype=np.int32),
-            np.array(initial.encode_reply(text["response"])[: rng.integers(1, 30)], dtype=np.int32),
-            advantage=0.0 if index % 4 == 3 else float(rng.normal()),
-            judge=index % 3 == 2,
-        )
-        for index, text in enumerate(tiny.chat_rows(small_games)[:24])
-    ]
-    old = all_logprobs(initial, rows, 4096, config.rollout.temperature)
-    for row, logprobs in zip(rows, old, strict=True):
-        row.logprobs = logprobs
-    return rows
+    return tiny.rows(small_games, initial, config)
 
 
 def after(
@@ -80,10 +67,6 @@ def scored(actor: Actor, rows: list[Row], config: Config, reference=None) -> lis
     rows = [dataclasses.replace(row) for row in rows]
     score(actor, reference, None, rows, config)
     return rows
-
-
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return max(float((one[name] - other[name]).abs().max()) for name in one | other)
 
 
 def two_episodes() -> tuple[Episode, Episode]:
@@ -128,11 +111,11 @@ def test_an_episode_left_alone_has_no_advantage(config):
 def test_update_is_the_same_for_any_micro_batch(initial, rows, config, how, kl):
     config, reference = changed(config, f"algo.aggregate={how}", f"algo.kl={kl}"), disturbed(initial, 0.02)
     whole, metrics = after(initial, rows, changed(config, "train.tokens_per_micro_batch=9999"), reference=reference)
-    assert distance(whole, initial.model.state_dict()) > 1e-3
+    assert tiny.distance(whole, initial.model.state_dict()) > 1e-3
     for budget in (1, 200, 700):
         small = changed(config, f"train.tokens_per_micro_batch={budget}")
         parts, again = after(initial, rows, small, reference=reference)
-        assert distance(parts, whole) < 1e-6
+        assert tiny.distance(parts, whole) < 1e-6
         for key in ("loss_actor", "loss_judge", "kl", "grad_norm", "entropy", "ratio"):
             assert again[f"train/{key}"] == pytest.approx(metrics[f"train/{key}"], rel=1e-4, abs=1e-5), key
     assert (metrics["train/kl"] > 0.01) == (kl > 0)
@@ -150,7 +133,7 @@ def test_update_equals_a_padded_reference(initial, rows, config, packed, method)
         "judge.weight=0.5",
     ]
     config = changed(config, *settings, "algo.clip_low=0.01", "algo.clip_high=0.02", "algo.importance_high=1.2")
-    noisy, reference = off_policy(rows), disturbed(initial, 0.02)
+    noisy, reference = tiny.off_policy(rows), disturbed(initial, 0.02)
     actor = dataclasses.replace(disturbed(initial, 0.005), packed=packed)
     ready = scored(initial, noisy, config, reference)
     assert 0.05 < np.mean(np.concatenate([row.weights for row in ready]) == 0) < 0.8
@@ -193,13 +176,6 @@ def test_update_equals_a_padded_reference(initial, rows, config, packed, method)
         torch.testing.assert_close(step, parameter.grad, rtol=1e-3, atol=2e-6)
 
 
-def off_policy(rows: list[Row]) -> list[Row]:
-    """The rows as an engine would have sampled them whose log-probs are now and then off by half a nat."""
-    rng = np.random.default_rng(1)
-    noise = [rng.normal(0, 0.3, len(row.response_ids)).astype(np.float32) for row in rows]
-    return [dataclasses.replace(row, logprobs=row.logprobs + off) for row, off in zip(rows, noise, strict=True)]
-
-
 def disturbed(actor: Actor, scale: float) -> Actor:
     """A copy with noise on all weights."""
     torch.manual_seed(0)
@@ -225,7 +201,7 @@ def test_engine_logprobs_as_the_old_policy(initial, rows, config):
     assert metrics["train/ratio"] == pytest.approx(np.exp(0.1), rel=1e-4)
     assert metrics["mismatch/mean_abs"] == pytest.approx(0.1, rel=1e-3) == metrics["mismatch/max_abs"]
     trained, metrics = after(initial, shifted, config)  # with the trainer's the engine's do not matter but are watched
-    assert distance(trained, after(initial, rows, config)[0]) == 0
+    assert tiny.distance(trained, after(initial, rows, config)[0]) == 0
     assert metrics["mismatch/mean_abs"] == pytest.approx(0.1, rel=1e-3)
 
 
@@ -245,7 +221,7 @@ def test_leaving_out_rows_without_advantage_changes_nothing(initial, rows, confi
     for module in (row_making, train_rl):
         monkeypatch.setattr(module, "has_gradient", lambda row, config: True)
     full, slow = after(initial, rows, config, 5e-4, momentum)
-    assert distance(short, full) < 2e-6 < 1e-5 < distance(full, initial.model.state_dict())
+    assert tiny.distance(short, full) < 2e-6 < 1e-5 < tiny.distance(full, initial.model.state_dict())
     assert fast["train/tokens"] < 0.9 * slow["train/tokens"] == 0.9 * sum(row.tokens for row in rows)
     for key in ("train/loss_actor", "train/loss_judge", "train/grad_norm"):
         assert fast[key] == pytest.approx(slow[key], rel=1e-5, abs=1e-5), key
@@ -254,7 +230,7 @@ def test_leaving_out_rows_without_advantage_changes_nothing(initial, rows, confi
 def test_an_update_without_any_signal_is_no_update(initial, rows, config):
     silent = [dataclasses.replace(row, advantage=0.0) for row in rows]
     weights, metrics = after(initial, silent, config)
-    assert distance(weights, initial.model.state_dict()) == 0
+    assert tiny.distance(weights, initial.model.state_dict()) == 0
     assert metrics["train/grad_norm"] == 0 and metrics["train/tokens"] == 0
     assert all(np.isfinite(value) for value in metrics.values())
 
@@ -284,7 +260,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(initial, rows, co
         engine = changed(config, "train.lr=0.05", "train.old_logprobs=engine")
         update(copied, optimizer, scored(copied, rows, engine), engine, 0)
         calls.append(0)
-        assert distance(copied.model.state_dict(), plain) < 1e-6 and not copied.model.training
+        assert tiny.distance(copied.model.state_dict(), plain) < 1e-6 and not copied.model.training
     once = calls.index(0)
     assert len(calls) - 2 - once == 2 * once
 
@@ -297,7 +273,7 @@ def test_judge_weight_zero_is_no_judge(initial, rows, config):
         without, _ = after(initial, actor_only, config, reference=reference)
         off, _ = after(initial, rows, changed(config, "judge.weight=0"), reference=reference)
         on, _ = after(initial, rows, config, reference=reference)
-        assert distance(without, off) < 1e-6 and distance(without, on) > 1e-4
+        assert tiny.distance(without, off) < 1e-6 and tiny.distance(without, on) > 1e-4
 
 
 def test_losses_of_actor_and_judge_add_up(initial, rows, config):
@@ -307,7 +283,7 @@ def test_losses_of_actor_and_judge_add_up(initial, rows, config):
     actor, _ = after(initial, [row for row in rows if not row.judge], config)
     judge, _ = after(initial, [row for row in rows if row.judge], config)
     summed = {name: start[name] + (actor[name] - start[name]) + 0.5 * (judge[name] - start[name]) for name in start}
-    assert distance(both, summed) < 1e-6 < 1e-4 < distance(both, actor)
+    assert tiny.distance(both, summed) < 1e-6 < 1e-4 < tiny.distance(both, actor)
 
 
 def test_entropy_bonus_raises_entropy(initial, rows, config):
@@ -320,7 +296,7 @@ def test_entropy_bonus_raises_entropy(initial, rows, config):
     _, later = after(spread, silent, config)
     assert later["train/entropy"] > metrics["train/entropy"] + 1e-3
     parts, _ = after(initial, silent, changed(config, "train.tokens_per_micro_batch=200"), lr=5e-3)
-    assert distance(weights, parts) < 1e-6
+    assert tiny.distance(weights, parts) < 1e-6
 
 
 def test_gradients_are_clipped_over_the_whole_mini_batch(initial, rows, config):
@@ -330,7 +306,7 @@ def test_gradients_are_clipped_over_the_whole_mini_batch(initial, rows, config):
     clipped, again = after(initial, rows, changed(config, f"train.max_grad_norm={norm / 4}"))
     assert again["train/grad_norm"] == pytest.approx(norm, rel=1e-5)  # the norm before clipping
     quarter = {name: start[name] + (free[name] - start[name]) / 4 for name in start}
-    assert distance(clipped, quarter) < 1e-6
+    assert tiny.distance(clipped, quarter) < 1e-6
 
 
 # Every rank of this script does the updates of SCENARIOS on the same rows and saves its weights.
@@ -347,7 +323,8 @@ UPDATES = """
 import pickle, sys, torch
 sys.path.insert(0, {tests!r})
 import test_train_rl as here
-from model import join_ranks, load_actor
+from model import load_actor
+from ranks import join_ranks
 config, rows = pickle.load(open({data!r}, "rb"))
 rank, world = join_ranks(config)
 actor = load_actor(config)
@@ -358,8 +335,10 @@ torch.distributed.destroy_process_group()
 
 
 def all_scenarios(actor: Actor, rows: list[Row], config: Config) -> dict:
-    results = {name: after(actor, off_policy(rows), changed(config, *overrides), 2e-3, momentum=0.9, reference=actor)
-               for name, overrides in SCENARIOS.items()}  # fmt: skip
+    results = {}
+    for name, overrides in SCENARIOS.items():
+        config_here, sampled = changed(config, *overrides), tiny.off_policy(rows)
+        results[name] = after(actor, sampled, config_here, 2e-3, momentum=0.9, reference=actor)
     return results | {"critic": after_critic(actor, rows, config)}
 
 
@@ -384,11 +363,11 @@ def test_update_is_the_same_for_one_and_two_ranks(initial, rows, config, tmp_pat
     expected = all_scenarios(initial, rows, config)
     first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     for name, (weights, metrics) in expected.items():
-        assert distance(first[name][0], second[name][0]) == 0, name
+        assert tiny.distance(first[name][0], second[name][0]) == 0, name
         bound = 1e-6 if metrics["train/updates"] == 1 else 1e-5  # rounding grows from update to update
         start = initial.model.state_dict() | {"score.weight": torch.zeros(1, 64), "score.bias": torch.zeros(1)}
         moved = max(float((weight - start[key]).abs().max()) for key, weight in weights.items())
-        assert distance(first[name][0], weights) < bound < 1e-4 < moved, name
+        assert tiny.distance(first[name][0], weights) < bound < 1e-4 < moved, name
         for key, value in metrics.items():
             if key != "train/padding_share":
                 near = pytest.approx(value, rel=1e-4, abs=1e-5)
@@ -511,8 +490,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_checkpoint_loads(run, small_games):
     folder = run / "checkpoints" / "latest"
     assert os.readlink(folder) == "000002"
-    assert distance(weights_of(folder), weights_of(tiny.checkpoint(small_games))) > 1e-3
-    assert distance(weights_of(folder), weights_of(run / "checkpoints" / "000001")) > 1e-4
+    assert tiny.distance(weights_of(folder), weights_of(tiny.checkpoint(small_games))) > 1e-3
+    assert tiny.distance(weights_of(folder), weights_of(run / "checkpoints" / "000001")) > 1e-4
     assert configuration.load(run / "config.yaml") == tiny.rl_config(small_games)
 
 
@@ -555,7 +534,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, small_games, tmp_path):
             assert found[1][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     same_episodes(run, copied, 1)
     assert episodes_of(run, 1)[1] == episodes_of(copied, 1)[1]
-    assert distance(weights_of(run / "checkpoints" / "latest"), weights_of(checkpoints / "latest")) < 1e-6
+    assert tiny.distance(weights_of(run / "checkpoints" / "latest"), weights_of(checkpoints / "latest")) < 1e-6
     assert sorted(path.name for path in checkpoints.iterdir()) == ["000001", "000002", "latest"]
 
 
@@ -582,8 +561,8 @@ def test_two_ranks_play_the_same_episodes_and_stay_equal(run, small_games, tmp_p
         if key.startswith("rollout/") and key != "rollout/tokens_per_s":
             assert two[key] == pytest.approx(one[key]), key
     weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert distance(*weights) == 0 == distance(weights[0], weights_of(twin / "checkpoints" / "latest"))
-    assert distance(weights[0], weights_of(tiny.checkpoint(small_games))) > 1e-3
+    assert tiny.distance(*weights) == 0 == tiny.distance(weights[0], weights_of(twin / "checkpoints" / "latest"))
+    assert tiny.distance(weights[0], weights_of(tiny.checkpoint(small_games))) > 1e-3
 
 
 def run_here(small_games, tmp_path, monkeypatch, *overrides: str) -> list[dict]:
@@ -619,7 +598,7 @@ def test_every_method_trains(method, gcd, small_games, tmp_path, monkeypatch):
     assert len(records) == 2 and all(np.isfinite(value) for record in records for value in record.values())
     assert all(record["train/grad_norm"] > 0 for record in records)
     run = tmp_path / "runs" / "tiny_rl"
-    assert distance(weights_of(run / "checkpoints" / "latest"), weights_of(start)) > 1e-4
+    assert tiny.distance(weights_of(run / "checkpoints" / "latest"), weights_of(start)) > 1e-4
     assert gcd == any(key.startswith("judge/balanced") for record in records for key in record)
     critic = run / "checkpoints" / "latest" / "trainer" / "critic"
     assert critic.is_dir() == (method == "ppo") == ("critic/loss" in records[0])
@@ -655,8 +634,8 @@ def test_ppo_trains_on_lost_episodes_too(initial, rows, config):
 def test_metrics_of_masked_tokens_are_means_over_the_others(initial, rows, config):
     config = changed(config, "algo.importance=mask", "algo.importance_high=1.2", "algo.kl=0.1")
     reference = disturbed(initial, 0.02)
-    ready = scored(initial, off_policy(rows), config, reference)
-    _, metrics = after(initial, off_policy(rows), config, reference=reference)
+    ready = scored(initial, tiny.off_policy(rows), config, reference)
+    _, metrics = after(initial, tiny.off_policy(rows), config, reference=reference)
     gap = np.concatenate([(row.old_logprobs - row.ref_logprobs)[row.weights > 0] for row in ready])
     assert metrics["train/ratio"] == pytest.approx(1, abs=1e-4)
     assert metrics["train/kl"] == pytest.approx((np.exp(-gap) - 1 + gap).clip(-10, 10).mean(), rel=1e-3)

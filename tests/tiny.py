@@ -1,5 +1,6 @@
 """What several test files share: a tiny trained checkpoint, its configs, and the project's scripts as subprocesses."""
 
+import dataclasses
 import functools
 import os
 import random
@@ -66,6 +67,7 @@ def checkpoint(games: Path, style: str = "think") -> Path:
     Thoughts are one word long, also those it judges, and it sees each critique thrice: there is no time to learn more.
     """
     import model
+    import ranks
     import train_sft
 
     config = sft_config(games, style)
@@ -77,7 +79,7 @@ def checkpoint(games: Path, style: str = "think") -> Path:
         weighed = train_sft.tokenise(actor, short, prompt_loss=0.2)
         rows += [weighed] * (3 if row["prompt"].startswith("Role:") else 1)
     rng, updates = random.Random(0), 300
-    optimizer = model.make_optimizer(actor.model, 8e-3, 0.0, (0.9, 0.95))
+    optimizer = ranks.make_optimizer(actor.model, 8e-3, 0.0, (0.9, 0.95))
     for update in range(updates):
         batch = rng.sample(rows, 8)
         weight_T = torch.from_numpy(np.concatenate([weight for _, weight in batch])).float()
@@ -103,6 +105,37 @@ def rl_config(games: Path, *overrides: str) -> Config:
     return configuration.load(rl_yaml(games, games.parent), overrides)
 
 
+def rows(games: Path, actor, config: Config) -> list:
+    """24 rows of different lengths, a third of them critiques, a quarter without advantage; the model's log-probs."""
+    from model import Row, all_logprobs
+
+    rng = np.random.default_rng(0)
+    made = [
+        Row(
+            np.array(actor.encode(text["prompt"])[-rng.integers(1, 150) :], dtype=np.int32),
+            np.array(actor.encode_reply(text["response"])[: rng.integers(1, 30)], dtype=np.int32),
+            advantage=0.0 if index % 4 == 3 else float(rng.normal()),
+            judge=index % 3 == 2,
+        )
+        for index, text in enumerate(chat_rows(games)[:24])
+    ]
+    for row, logprobs in zip(made, all_logprobs(actor, made, 4096, config.rollout.temperature), strict=True):
+        row.logprobs = logprobs
+    return made
+
+
+def off_policy(rows: list) -> list:
+    """The rows as an engine would have sampled them whose log-probs are now and then off by half a nat."""
+    rng = np.random.default_rng(1)
+    noise = [rng.normal(0, 0.3, len(row.response_ids)).astype(np.float32) for row in rows]
+    return [dataclasses.replace(row, logprobs=row.logprobs + off) for row, off in zip(rows, noise, strict=True)]
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference between two sets of weights."""
+    return max(float((one[name] - other[name]).abs().max()) for name in one | other)
+
+
 def changed(config: Config, *overrides: str) -> Config:
     """The config with `--set` overrides."""
     with tempfile.TemporaryDirectory() as folder:
@@ -114,11 +147,11 @@ def join() -> None:
     """A process group of this process alone."""
     import torch.distributed as dist
 
-    import model
+    import ranks
 
     if not dist.is_initialized():
         os.environ.pop("MASTER_PORT", None)  # an earlier group's port may still be taken
-        model.join_ranks(Config())
+        ranks.join_ranks(Config())
 
 
 def free_port() -> int:
