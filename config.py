@@ -212,6 +212,8 @@ class RolloutConfig:
     concurrency: int = 128  # episodes in flight per rank
     success_reward: float = 10.0  # reward of the step that wins
     kv_cache_gib: float = 0.5  # CPU engine's cache
+    tensor_parallel: int = 1  # ranks per engine, for a model that one GPU cannot hold beside the trainer
+    sleep: bool = True  # CUDA: the engine gives its memory back while the models are updated
     gpu_memory_utilization: float = 0.5  # share of GPU memory that vLLM may take
     canary_bound: float = 0.2  # largest allowed mean |log-prob difference| between engine and trainer after a sync
 
@@ -383,6 +385,7 @@ def check(config: Config) -> None:
         if level not in ("L0", "L1", "L2"):
             raise ConfigError(f"eval.levels: unknown level {level!r}; levels are L0, L1, L2")
     positive = {
+        "model.lora_rank": config.model.lora_rank,
         "env.max_steps": config.env.max_steps,
         "env.max_moves": config.env.max_moves,
         "env.machines": config.env.machines,
@@ -391,6 +394,7 @@ def check(config: Config) -> None:
         "rollout.group_size": config.rollout.group_size,
         "rollout.temperature": config.rollout.temperature,
         "rollout.concurrency": config.rollout.concurrency,
+        "rollout.tensor_parallel": config.rollout.tensor_parallel,
         "rollout.max_prompt_tokens": config.rollout.max_prompt_tokens,
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
         "judge.questions": config.judge.questions,
@@ -399,6 +403,7 @@ def check(config: Config) -> None:
         "guidelines.pool": config.guidelines.pool,
         "train.rows_per_update": config.train.rows_per_update,
         "train.tokens_per_micro_batch": config.train.tokens_per_micro_batch,
+        "train.timeout_minutes": config.train.timeout_minutes,
         "train.checkpoint_every": config.train.checkpoint_every,
         "train.episodes_every": config.train.episodes_every,
         "sft.episodes": config.sft.episodes,
@@ -419,6 +424,7 @@ def check(config: Config) -> None:
         "train.lr": config.train.lr,
         "train.critic_lr": config.train.critic_lr,
         "train.eval_every": config.train.eval_every,
+        "train.max_bad_steps": config.train.max_bad_steps,
         "sft.lr": config.sft.lr,
         "guidelines.every": config.guidelines.every,
     }
@@ -440,6 +446,12 @@ def check(config: Config) -> None:
             )
     if config.env.name == "scienceworld" and (config.sft.noise or config.sft.idle or config.sft.variant == "reading"):
         raise ConfigError("sft.noise, sft.idle and sft.variant=reading are made of ALFWorld's actions; leave them out")
+    if config.model.path == "tiny" and config.model.tune != "full":
+        raise ConfigError("model.path=tiny is made from nothing: model.tune=full")
+    if config.model.tune == "qlora" and config.model.shard == "always":
+        raise ConfigError("4-bit weights are not sharded: with model.tune=qlora leave model.shard=auto")
+    if config.rollout.tensor_parallel > 1 and config.rollout.engine == "transformers":
+        raise ConfigError("rollout.tensor_parallel is vLLM's; rollout.engine=transformers has one rank per engine")
     if config.guidelines.every and not config.judge.enabled:
         raise ConfigError("guidelines.every needs judge.enabled=true: golden rules are distilled from critiques")
     check_teacher(config)
@@ -499,8 +511,12 @@ def check_teacher(config: Config) -> None:
 
 
 def check_world(config: Config, world: int) -> None:
-    """What is dealt out to the ranks must divide over them. Raises ConfigError."""
-    ranks = f"{world} rank{'s' * (world > 1)}"
+    """What is dealt out to the ranks, or to the engines of several ranks, must divide over them. Raises ConfigError."""
+    per_engine = config.rollout.tensor_parallel
+    if world % per_engine:
+        raise ConfigError(f"rollout.tensor_parallel={per_engine} does not divide {world} ranks into engines")
+    ranks = f"{world} rank{'s' * (world > 1)}" + f" in engines of {per_engine}" * (per_engine > 1)
+    world //= per_engine
     shares = [("rollout.groups", config.rollout.groups, world, "")]
     if config.judge.enabled:
         halves = ", each asking about as many good steps as flawed ones"

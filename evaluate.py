@@ -31,13 +31,12 @@ import config as configuration  # before torch: it sets the number of threads
 
 # isort: split
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 
 import envs
 from config import Config, ConfigError
 from model import load_actor
-from ranks import join_ranks
+from ranks import gather, join_ranks
 from rollout import Engine, Episode, collect, make_engine
 
 EVALUATION = -1  # takes the iteration's place in sampling seeds, so they differ from training's
@@ -101,7 +100,6 @@ def evaluate_levels(
 
     `pool` are the environments to play in; without it they are made.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
     results, everything = {}, []
     for level in config.eval.levels:
         games = envs.tasks(config.env, level, "eval")
@@ -109,8 +107,8 @@ def evaluate_levels(
             raise ConfigError(f"eval.games={config.eval.games}, but {level} has only {len(games)} games")
         if config.eval.games:  # the list is sorted by type, so a part of it is drawn, always the same
             games = random.Random(0).sample(games, config.eval.games)
-        share = slice(len(games) * rank // world, len(games) * (rank + 1) // world)
-        mine = games[share]
+        share = slice(len(games) * engine.player // engine.players, len(games) * (engine.player + 1) // engine.players)
+        mine = games[share] if engine.leads else []
         in_flight = min(config.rollout.concurrency, max(1, len(mine) * config.eval.seeds))
         pool = pool or [envs.make_env(config.env) for _ in range(in_flight)]
         with tqdm(
@@ -122,15 +120,13 @@ def evaluate_levels(
                 mine,
                 config,
                 iteration=EVALUATION,
-                groups=range(share.start, share.stop),
+                groups=range(share.start, share.stop) if engine.leads else (),
                 members=config.eval.seeds,
                 temperature=config.eval.temperature,
                 suggestions=rules,
                 on_episode=lambda _: bar.update(),
             )
-        parts: list = [None] * world
-        dist.all_gather_object(parts, episodes)
-        episodes = [episode for part in parts for episode in part]
+        episodes = gather(episodes)
         expected = len(games) * config.eval.seeds
         if len(episodes) != expected:
             raise RuntimeError(

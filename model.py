@@ -45,6 +45,7 @@ from tinymodel import add_phrases, build_tiny
 
 hf_logging.disable_progress_bar()
 
+ENTROPY_BLOCK = 2**21  # log-probs that are turned into entropies at the same time: they stay in a processor's cache
 LOGIT_CHUNK = 2048  # response tokens whose logits exist at the same time
 PROBE = "Your task is to: put two soapbar in cabinet 12.\n<think>Need it.</think><action>go to toilet 1</action>"
 
@@ -101,7 +102,7 @@ def load_actor(
     path = path or config.model.path
     if path == "tiny":
         model, tokenizer = build_tiny(config, corpus)
-        return _place(config, model, tokenizer, "tiny", "", train)
+        return place(config, model, tokenizer, "tiny", "", train)
     check_path(path)
     adapter = path if (Path(path) / "adapter_config.json").is_file() else ""
     base = base_of(path)
@@ -112,7 +113,7 @@ def load_actor(
         raise ConfigError(f"no model at {base}: {' '.join(str(error).split())}") from None
     if phrases:
         add_phrases(model, tokenizer)
-    return _place(config, model, tokenizer, base, adapter, train)
+    return place(config, model, tokenizer, base, adapter, train)
 
 
 def load_critic(config: Config, actor: Actor, path: str) -> Actor:
@@ -134,7 +135,7 @@ def load_critic(config: Config, actor: Actor, path: str) -> Actor:
         torch.nn.init.zeros_(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
     model.score.float()
-    return _place(config, model, actor.tokenizer, base, adapter, train=True, task="TOKEN_CLS")
+    return place(config, model, actor.tokenizer, base, adapter, train=True, task="TOKEN_CLS")
 
 
 def load_reference(config: Config, actor: Actor) -> Actor | None:
@@ -207,13 +208,13 @@ def _how_to_load(config: Config, train: bool) -> dict[str, Any]:
     return how
 
 
-def _place(
+def place(
     config: Config,
     model: torch.nn.Module,
     tokenizer: Any,
-    base: str,
-    adapter: str,
-    train: bool,
+    base: str = "",
+    adapter: str = "",
+    train: bool = True,
     task: str = "CAUSAL_LM",
 ) -> Actor:
     """The model on this rank's device, in evaluation mode, with its adapter, in its shards."""
@@ -405,13 +406,14 @@ def head_logprobs(
 
     def score(hidden_C: torch.Tensor, target_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with actor.autocast():
-            logits_CV = head(hidden_C).float() / temperature  # [C, V]
-        total_C = logits_CV.logsumexp(-1)  # [C]
-        logp_C = logits_CV.gather(-1, target_C[:, None])[:, 0] - total_C  # [C]
+            logits_CV = head(hidden_C).float().div_(temperature)  # [C, V]
+        logp_CV = logits_CV.log_softmax(-1)  # [C, V]
+        logp_C = logp_CV.gather(-1, target_C[:, None])[:, 0]  # [C]
         if entropy == "none":
-            return logp_C, torch.zeros_like(total_C)
+            return logp_C, torch.zeros_like(logp_C)
         with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
-            return logp_C, total_C - (logits_CV.softmax(-1) * logits_CV).sum(-1)
+            blocks = logp_CV.split(max(1, ENTROPY_BLOCK // logp_CV.shape[-1]))
+            return logp_C, -torch.cat([(logp_BV.exp() * logp_BV).sum(-1) for logp_BV in blocks])
 
     parts = []
     for hidden_C, target_C in zip(hidden_TH.split(LOGIT_CHUNK), target_T.split(LOGIT_CHUNK), strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,23 @@ def gather(items: list) -> list:
 def total(records: Sequence[dict[str, float]]) -> dict[str, float]:
     """Sums by key."""
     return {key: sum(record.get(key, 0) for record in records) for key in sorted({key for r in records for key in r})}
+
+
+class Stop:
+    """SIGTERM, as clusters send before they take a machine away, asks the run to save and end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked. A collective operation."""
+        asked = torch.tensor(int(self.asked))
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

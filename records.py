@@ -31,6 +31,8 @@ FREE_TO_CHANGE = {
     "train.iterations",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.timeout_minutes",
+    "train.max_bad_steps",
     "train.eval_every",
     "eval",
     "env.machines",
@@ -39,12 +41,24 @@ FREE_TO_CHANGE = {
     "rollout.concurrency",
     "rollout.kv_cache_gib",
     "rollout.gpu_memory_utilization",
+    "rollout.sleep",
     "rollout.canary_bound",
 }
 
 
+# What to lower where a GPU's memory does not suffice.
+CURES = {
+    "collect": "rollout.gpu_memory_utilization",
+    "judge": "rollout.gpu_memory_utilization",
+    "score": "train.tokens_per_micro_batch",
+    "update": "train.tokens_per_micro_batch (or set model.gradient_checkpointing=true, train.optimizer=adamw8bit)",
+    "sync": "rollout.gpu_memory_utilization",
+    "evaluate": "rollout.gpu_memory_utilization",
+}
+
+
 class Clock:
-    """Seconds per phase of one iteration."""
+    """Seconds per phase of one iteration. Raises ConfigError where a phase runs out of GPU memory, with the cure."""
 
     def __init__(self) -> None:
         self.started, self.phases = time.monotonic(), {}
@@ -52,7 +66,11 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            first = str(error).split(".")[0]
+            raise ConfigError(f"out of GPU memory in the phase {phase!r}: lower {CURES[phase]} ({first})") from error
         self.phases[phase] = self.phases.get(phase, 0.0) + time.monotonic() - began
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, float]:
@@ -203,6 +221,24 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         point_latest(folder, config.train.keep_checkpoints)
     dist.barrier()
+
+
+def save_rows(rows: Sequence[Row], actor: Actor, config: Config, iteration: int) -> Path:
+    """What a mini-batch was made of, for someone to look at, one row a line; called by all ranks, written by rank 0."""
+    file = config.run_dir / f"bad_rows_{iteration:06d}.jsonl"
+    if dist.get_rank() == 0:
+        with file.open("w") as lines:
+            for row in rows:
+                fields = {
+                    "judge": row.judge,
+                    "prompt": actor.tokenizer.decode(row.prompt_ids),
+                    "response": actor.tokenizer.decode(row.response_ids),
+                    "advantage": np.asarray(row.advantage).tolist(),
+                }
+                logprobs = {name: getattr(row, name) for name in ("logprobs", "old_logprobs", "ref_logprobs", "values")}
+                kept = {name: value.tolist() for name, value in logprobs.items() if value is not None}
+                lines.write(json.dumps(fields | kept) + "\n")
+    return file
 
 
 def critic_folder(checkpoint: str) -> str:

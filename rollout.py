@@ -107,10 +107,16 @@ def stable_seed(*key: int) -> int:
 
 
 class Engine:
-    """What both engines share: requests are submitted one by one and come back from poll() in any order."""
+    """What both engines share: requests are submitted one by one and come back from poll() in any order.
+
+    An engine may span several ranks (rollout.tensor_parallel): the first of them leads, the others follow what it does
+    from one release() to the next. It is the `player`th of `players`.
+    """
+
+    leads = True
 
     def __init__(self, actor: Actor) -> None:
-        self.actor = actor
+        self.actor, self.player, self.players = actor, dist.get_rank(), dist.get_world_size()
 
     def submit(self, key: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         raise NotImplementedError
@@ -126,23 +132,42 @@ class Engine:
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         raise NotImplementedError
 
+    def sleep(self) -> None:
+        """Give memory back to the trainer, until load_weights()."""
+
+    def release(self) -> None:
+        """As leader: let the ranks that follow go on by themselves."""
+
+    def follow(self) -> dict[str, Sample]:
+        """As follower: do what the leader does until its release(); what was sampled, by key."""
+        return {}
+
+    def agree(self, flag: bool) -> bool:
+        """The leader's flag, on every rank of this engine."""
+        return flag
+
     def close(self) -> None:
         """Leave the process group: the last thing a script does."""
         dist.barrier()
         dist.destroy_process_group()
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Sample]:
-        """Samples for a list of token-id prompts, in their order."""
-        for index, (ids, how) in enumerate(zip(prompt_ids, sampling, strict=True)):
-            self.submit(str(index), ids, how)
+        """Samples for a list of token-id prompts, in their order. Ranks that follow give the same list, or none."""
         done: dict[str, Sample] = {}
-        while len(done) < len(prompt_ids):
-            done |= dict(self.poll())
+        if self.leads:
+            for index, (ids, how) in enumerate(zip(prompt_ids, sampling, strict=True)):
+                self.submit(str(index), ids, how)
+            while len(done) < len(prompt_ids):
+                done |= dict(self.poll())
+            self.release()
+        else:
+            done = self.follow()
         return [done[str(index)] for index in range(len(prompt_ids))]
 
 
 class VllmEngine(Engine):
-    """vLLM in this process (TP 1, external launcher: each rank of torchrun has an engine of its own)."""
+    """vLLM in this process: each rank of torchrun, or each rollout.tensor_parallel of them, have an engine of their own
+    (vLLM's external launcher), which sleeps while the models are updated (CUDA)."""
 
     def __init__(self, actor: Actor, config: Config) -> None:
         super().__init__(actor)
@@ -170,8 +195,12 @@ class VllmEngine(Engine):
             # the backend's own block of 128 tokens makes its attention read far past the end of short sequences
             dict(kv_cache_memory_bytes=int(config.rollout.kv_cache_gib * 2**30), enforce_eager=True, block_size=32)
             if on_cpu
-            else dict(gpu_memory_utilization=config.rollout.gpu_memory_utilization)
+            else dict(
+                gpu_memory_utilization=config.rollout.gpu_memory_utilization, enable_sleep_mode=config.rollout.sleep
+            )
         )
+        self.sleeps, self.asleep = config.rollout.sleep and not on_cpu, False
+        self._join(config.rollout.tensor_parallel)
         self.llm = LLM(
             actor.base,
             dtype=str(actor.dtype).removeprefix("torch."),
@@ -182,7 +211,7 @@ class VllmEngine(Engine):
             max_num_batched_tokens=max(4096, longest),
             enable_prefix_caching=True,
             distributed_executor_backend="external_launcher",
-            tensor_parallel_size=1,
+            tensor_parallel_size=config.rollout.tensor_parallel,
             seed=config.seed,
             logprobs_mode="processed_logprobs",
             load_format="dummy",  # the trainer's weights follow at once
@@ -203,10 +232,62 @@ class VllmEngine(Engine):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
+    def _join(self, size: int) -> None:
+        """Find the other ranks of this engine. A collective operation."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.player, self.players, self.leads = rank // size, world // size, rank % size == 0
+        self.leader, self.peers = rank - rank % size, None
+        for player in range(self.players if size > 1 else 0):
+            team = dist.new_group(list(range(player * size, (player + 1) * size)), backend="gloo")
+            self.peers = team if player == self.player else self.peers
+        self.orders: list[tuple] = []  # (key, prompt_ids, sampling) to add, (key,) to cancel
+
+    def _tell(self, over: bool = False) -> tuple[bool, list[tuple]]:
+        """What the leader has in hand, on every rank of the engine: whether it is released, and new orders."""
+        message, self.orders = [(over, self.orders)], []
+        if self.peers is not None:
+            dist.broadcast_object_list(message, src=self.leader, group=self.peers)
+        return message[0]
+
     def submit(self, key: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        self.llm.llm_engine.add_request(key, {"prompt_token_ids": list(prompt_ids)}, self._params(sampling))
+        self.orders.append((key, list(prompt_ids), sampling))
+
+    def cancel(self, keys: Sequence[str]) -> None:
+        self.orders += [(key,) for key in keys]
 
     def poll(self) -> list[tuple[str, Sample]]:
+        _, orders = self._tell()
+        self._carry_out(orders)
+        return self._advance()
+
+    def release(self) -> None:
+        _, orders = self._tell(over=True)
+        self._carry_out(orders)
+
+    def follow(self) -> dict[str, Sample]:
+        done: dict[str, Sample] = {}
+        while True:
+            over, orders = self._tell()
+            self._carry_out(orders)
+            if over:
+                return done
+            done |= dict(self._advance())
+
+    def agree(self, flag: bool) -> bool:
+        message = [flag]
+        if self.peers is not None:
+            dist.broadcast_object_list(message, src=self.leader, group=self.peers)
+        return message[0]
+
+    def _carry_out(self, orders: Sequence[tuple]) -> None:
+        for key, *request in orders:
+            if request:
+                prompt_ids, sampling = request
+                self.llm.llm_engine.add_request(key, {"prompt_token_ids": prompt_ids}, self._params(sampling))
+            else:
+                self.llm.llm_engine.abort_request([key])
+
+    def _advance(self) -> list[tuple[str, Sample]]:
         finished = []
         for request in self.llm.llm_engine.step():
             if request.finished:
@@ -216,11 +297,18 @@ class VllmEngine(Engine):
                 finished.append((request.request_id, Sample(ids, logprobs)))
         return finished
 
-    def cancel(self, keys: Sequence[str]) -> None:
-        self.llm.llm_engine.abort_request(list(keys))
+    def sleep(self) -> None:
+        if self.sleeps:
+            self.llm.sleep(level=1)
+            self.asleep = True
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        if self.asleep:  # the cache's memory comes back after the weights', which may still be in the trainer's hands
+            self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named))
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
         assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests are still running"
 
     def close(self) -> None:
@@ -431,13 +519,18 @@ def collect(
     suggestions: Sequence[str] = (),
     counts: Counter | None = None,
     on_episode: Callable[[Episode], None] = lambda episode: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[Episode]:
     """Play every task `members` times (default: rollout.group_size); the episodes by group, then member.
 
     `envs` are as many episodes as may be in flight at once. `groups` are the tasks' ids, on which the sampling seeds
-    depend (default: from 0). `counts` receives "restarted" and "discarded" episodes. Raises ValueError if a prompt
-    without history exceeds the limit.
+    depend (default: from 0). `counts` receives "restarted" and "discarded" episodes. Once `stopped` the episodes in
+    flight are given up. Ranks that follow an engine's leader have no tasks. Raises ValueError if a prompt without
+    history exceeds the limit.
     """
+    if not engine.leads:
+        engine.follow()
+        return []
     collector = _Collector(
         engine,
         config,
@@ -446,6 +539,7 @@ def collect(
         suggestions,
         Counter() if counts is None else counts,
         on_episode,
+        stopped,
         deque(envs),
         ThreadPoolExecutor(max_workers=len(envs)) if envs[0].threaded else None,
     )
@@ -468,6 +562,7 @@ class _Collector:
     suggestions: Sequence[str]
     counts: Counter
     on_episode: Callable[[Episode], None]
+    stopped: Callable[[], bool]
     idle: deque  # environments without an episode
     threads: ThreadPoolExecutor | None  # for slow environments
     generating: dict[str, Play] = field(default_factory=dict)
@@ -480,13 +575,14 @@ class _Collector:
             self.play_all(deque(episodes))
         finally:
             self.engine.cancel(list(self.generating))
+            self.engine.release()
             if self.threads:
                 self.threads.shutdown(wait=False, cancel_futures=True)
         return sorted(self.finished, key=lambda episode: (episode.group, episode.member))
 
     def play_all(self, waiting: deque[Episode]) -> None:
         """The loop: start, let act, generate, until nothing is left."""
-        while waiting or self.generating or self.acting:
+        while (waiting or self.generating or self.acting) and not self.stopped():
             while waiting and self.idle:
                 play = Play(waiting.popleft(), self.idle.popleft())
                 self.act(play, play.env.reset, play.episode.task)

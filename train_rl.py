@@ -17,10 +17,12 @@ counted and not computed; groups of equal returns are drawn again one by one, no
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import config as configuration  # before torch: it sets the number of threads
@@ -35,7 +37,7 @@ import judge
 import losses
 import memory
 import prompts
-from config import Config
+from config import Config, ConfigError
 from evaluate import evaluate_levels
 from model import (
     Actor,
@@ -43,6 +45,7 @@ from model import (
     all_logprobs,
     all_values,
     as_reference,
+    check_path,
     head_logprobs,
     last_hidden,
     load_actor,
@@ -50,11 +53,21 @@ from model import (
     load_reference,
     micro_batches,
     output_errors,
+    shards,
     token_logprobs,
     token_values,
 )
-from ranks import aligned, gather, gathered, join_ranks, make_optimizer, step, total
-from records import Clock, Log, critic_folder, find_checkpoint, rollout_metrics, row_metrics, save_checkpoint
+from ranks import Stop, aligned, gather, gathered, join_ranks, make_optimizer, step, total
+from records import (
+    Clock,
+    Log,
+    critic_folder,
+    find_checkpoint,
+    rollout_metrics,
+    row_metrics,
+    save_checkpoint,
+    save_rows,
+)
 from rollout import Engine, Episode, canary, collect, make_engine, sync
 from rows import actor_rows, add_critic, has_gradient, judge_rows, mini_batches, needs_score, weigh
 from teacher import Teacher, check_key
@@ -67,7 +80,9 @@ def main() -> None:
     arguments = command.parse_args()
     config = configuration.load(arguments.config, arguments.set)
     if arguments.dry_run:
-        print(dry_run(config))
+        report = dry_run(config)  # every rank checks
+        if os.environ.get("RANK", "0") == "0":
+            print(report)
     else:
         train(config)
 
@@ -82,35 +97,32 @@ def train(config: Config) -> None:
     start, progress = state.get("iteration", 0), state.get("progress") or {"advice": [], "rules": first_rules(config)}
     teacher = judge.make_endpoint(config, world, progress.get("teacher"))
     engine = make_engine(config, actor)
-    own_groups, own_questions = config.rollout.groups // world, config.judge.questions // world
-    in_flight = min(config.rollout.concurrency, own_groups * config.rollout.group_size)
-    pool = [envs.make_env(config.env) for _ in range(in_flight)]
-    log = Log(config, start) if rank == 0 else None
+    episodes_here = config.rollout.groups // engine.players * config.rollout.group_size
+    pool = [envs.make_env(config.env) for _ in range(min(config.rollout.concurrency, episodes_here))]
+    log, stop, saved = Log(config, start) if rank == 0 else None, Stop(), start
 
     for iteration in range(start, config.train.iterations):
-        clock, counts, rng = Clock(), Counter(), random.Random(f"{config.seed} {iteration} {rank}")
+        clock, counts = Clock(), Counter()
 
-        # ---- Sample tasks: the same for every world size; this rank plays its share of the groups
-        groups = range(rank * own_groups, (rank + 1) * own_groups)
-        tasks = dict(zip(groups, sample_tasks(train_tasks, config, iteration)[groups.start : groups.stop], strict=True))
-
-        # ---- Collect; groups that all won or all lost may be drawn again
-        play = {"iteration": iteration, "suggestions": progress["rules"], "counts": counts}
+        # ---- Collect: this engine's share of the iteration's games, which are the same for every number of engines
+        tasks = own_tasks(engine, train_tasks, config, iteration)
+        how = dict(iteration=iteration, suggestions=progress["rules"], counts=counts, stopped=lambda: stop.asked)
         with clock("collect"):
-            episodes, passed_over = collect_groups(engine, pool, tasks, train_tasks, config, play)
+            episodes, passed_over = collect_groups(engine, pool, tasks, train_tasks, config, how)
+        if stop.agreed():
+            break
 
         # ---- Label and ask (GCD)
         questions: list[judge.Question] = []
         if config.judge.enabled:
             with clock("judge"):
-                counts.update(judge.label_episodes(episodes, config, rng, config.judge.teacher_steps // world, teacher))
-                questions = judge.pick(episodes, own_questions, rng)
-                judge.ask(engine, questions, config, iteration, first=rank * own_questions)
+                questions = label_and_ask(engine, episodes, teacher, config, iteration, counts)
 
         # ---- Advantages: groups are whole on their rank
         rows = actor_rows(episodes, config) + judge_rows(questions, config)
 
         # ---- Score: what the models say of the rows before the update; then every rank gets to see every row
+        engine.sleep()
         with clock("score"):
             score(actor, reference, critic, rows, config)
         rows, questions, episodes = gather(rows), gather(questions), gather(episodes + passed_over)
@@ -141,13 +153,17 @@ def train(config: Config) -> None:
             metrics |= {f"eval/{level}": result["success"] for level, result in results.items()}
 
         # ---- Log, then save, so that a checkpoint never lacks its iteration's record
+        start = iteration + 1
         if log:
             log.write(iteration, metrics | clock.metrics(rows), episodes, questions, progress["rules"])
-        if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == config.train.iterations:
-            save_checkpoint(actor, critic, optimizers, config, iteration + 1, progress)
+        if start % config.train.checkpoint_every == 0:
+            save_checkpoint(actor, critic, optimizers, config, start, progress)
+            saved = start
 
+    if saved < start:
+        save_checkpoint(actor, critic, optimizers, config, start, progress)
     if rank == 0:
-        print(f"{config.train.iterations} iterations done: {config.run_dir / 'checkpoints' / 'latest'}", flush=True)
+        print(f"{start} iterations done: {config.run_dir / 'checkpoints' / 'latest'}", flush=True)
     engine.close()
 
 
@@ -187,7 +203,7 @@ def carry_on(
 ) -> dict:
     """What the next iterations know of this one, the same on every rank: advice, rules, and what the teacher has cost.
 
-    Rules are refreshed every guidelines.every iterations, by rank 0.
+    Rules are refreshed every guidelines.every iterations, by the first engine.
     """
     guide = config.guidelines
     if guide.every:
@@ -195,7 +211,7 @@ def carry_on(
         progress = progress | {"advice": advice}
         if (iteration + 1) % guide.every == 0:
             made = []
-            if dist.get_rank() == 0:
+            if engine.player == 0:
                 writer = judge.pick_writer(engine, teacher, config, iteration)
                 made = [judge.golden_rules(advice, guide, writer)]
             progress["rules"] = gather(made)[0]
@@ -204,9 +220,15 @@ def carry_on(
 
 
 def preflight(config: Config, world: int) -> list[envs.Task]:
-    """The training tasks. What would stop the run later, stops it here: raises ConfigError."""
+    """The training tasks. What would stop the run later stops it here, before a model is loaded: raises ConfigError."""
     configuration.check_world(config, world)
     configuration.check_lineage(config)
+    check_path(config.model.path)
+    memory.check_disk(config)
+    if (config.model.tune == "qlora" or config.train.optimizer == "adamw8bit") and not find_spec("bitsandbytes"):
+        raise ConfigError("model.tune=qlora and train.optimizer=adamw8bit need bitsandbytes: pip install bitsandbytes")
+    if config.rollout.engine == "transformers" and shards(config):
+        raise ConfigError("rollout.engine=transformers samples with the trainer's weights: set model.shard=never")
     if config.judge.enabled and config.judge.teacher == "openai":
         check_key(config.judge)
     found = envs.tasks(config.env, config.env.level, "train")
@@ -230,6 +252,13 @@ def sample_tasks(tasks: Sequence[envs.Task], config: Config, iteration: int) -> 
     return picked
 
 
+def own_tasks(engine: Engine, train_tasks: Sequence[envs.Task], config: Config, iteration: int) -> dict[int, envs.Task]:
+    """The games that this rank plays in an iteration, by group: of an engine's ranks, its leader plays."""
+    share = config.rollout.groups // engine.players
+    groups = range(engine.player * share, (engine.player + 1) * share) if engine.leads else range(0)
+    return {group: sample_tasks(train_tasks, config, iteration)[group] for group in groups}
+
+
 def collect_groups(
     engine: Engine,
     pool: Sequence,
@@ -250,7 +279,7 @@ def collect_groups(
         for episode in kept:
             returns[episode.group].add(sum(step.reward for step in episode.steps))
         dull = [group for group, values in returns.items() if len(values) == 1]
-        if not dull:
+        if not engine.agree(bool(dull)):
             break
         games = {}
         for group in dull:
@@ -262,6 +291,23 @@ def collect_groups(
         kept += collect(engine, pool, list(games.values()), config, groups=list(games), **play)
         play["counts"]["redrawn"] += len(dull)
     return kept, passed_over
+
+
+def label_and_ask(
+    engine: Engine,
+    episodes: Sequence[Episode],
+    teacher: Teacher | None,
+    config: Config,
+    iteration: int,
+    counts: Counter,
+) -> list[judge.Question]:
+    """Label the steps of this engine's episodes, and let the actor judge its share of the questions."""
+    rng = random.Random(f"{config.seed} {iteration} {engine.player}")
+    counts.update(judge.label_episodes(episodes, config, rng, config.judge.teacher_steps // engine.players, teacher))
+    own = config.judge.questions // engine.players
+    questions = judge.pick(episodes, own, rng)
+    judge.ask(engine, questions, config, iteration, first=engine.player * own)
+    return questions
 
 
 @torch.no_grad()
@@ -345,14 +391,13 @@ def update(
             loss, parts = micro_batch_loss(logp_T, entropy_T, part, totals, config)
             loss.backward()
             for key, value in parts.items():
-                sums[key] += value
+                sums[key] += value if math.isfinite(value) else 0.0
             if number == 0 and train.old_logprobs == "engine":
                 gaps.append(logp_T.detach().float().cpu().numpy() - np.concatenate([row.logprobs for row in part]))
             real = sum(row.tokens for row in part)
             sums["real"] += real
             sums["padded"] += real if packed else max(row.tokens for row in part) * len(part)
-        set_lr(optimizer, learning_rate)
-        sums["grad_norm"] += step(actor.model, optimizer, train.max_grad_norm) / world
+        finite_step(actor, optimizer, learning_rate, batch, config, iteration, sums)
     actor.model.eval()
 
     if train.old_logprobs == "trainer":  # every rank knows all rows' gaps
@@ -360,9 +405,32 @@ def update(
     return {"train/lr": learning_rate} | _update_metrics(sums, np.concatenate(gaps or [np.zeros(0)]), len(batches))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def finite_step(
+    model: Actor,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    batch: Sequence[Sequence[Row]],
+    config: Config,
+    iteration: int,
+    sums: dict[str, float],
+) -> None:
+    """One optimizer step; `sums` receives this rank's share of its norm, or of a step that is skipped because the
+    gradient is not finite. Raises RuntimeError after train.max_bad_steps of these in a row, the rows being saved."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    norm, world = step(model.model, optimizer, config.train.max_grad_norm), dist.get_world_size()
+    if math.isfinite(norm):
+        sums["grad_norm"] += norm / world
+        optimizer.bad_in_a_row = 0
+        return
+    sums["skipped"] += 1 / world
+    optimizer.bad_in_a_row = getattr(optimizer, "bad_in_a_row", 0) + 1
+    if optimizer.bad_in_a_row > config.train.max_bad_steps:
+        rows = [row for share in batch for row in share]
+        raise RuntimeError(
+            f"iteration {iteration}: the gradient was not finite {optimizer.bad_in_a_row} steps in a row; the rows of "
+            f"the last one are in {save_rows(rows, model, config, iteration)}"
+        )
 
 
 def denominators(batch: Sequence[Sequence[Row]]) -> dict[bool, tuple[int, int]]:
@@ -388,7 +456,8 @@ def _update_metrics(own: dict[str, float], gap_T: np.ndarray, updates: int) -> d
         "train/ratio": sums.get("ratio", 0.0) / kept,
         "train/clip_fraction": sums.get("clip_fraction", 0.0) / kept,
         "train/approx_kl": sums.get("approx_kl", 0.0) / kept,
-        "train/grad_norm": sums["grad_norm"] / updates,
+        "train/grad_norm": sums["grad_norm"] / max(1, updates - round(sums.get("skipped", 0))),
+        "train/skipped_steps": round(sums.get("skipped", 0)),
         "train/updates": updates,
         "train/tokens": sums.get("real", 0.0),
         "train/padding_share": 1 - sums.get("real", 0.0) / max(1, sums.get("padded", 0.0)),
@@ -475,8 +544,8 @@ def update_critic(
             sums["loss"] += float(loss.detach())
             sums["clipped"] += float(seen["value_clip_fraction"]) * len(value_T)
             sums["tokens"] += len(value_T)
-        set_lr(optimizer, config.train.critic_lr * lr_factor(config, iteration))
-        sums["grad_norm"] += step(critic.model, optimizer, config.train.max_grad_norm) / world
+        lr = config.train.critic_lr * lr_factor(config, iteration)
+        finite_step(critic, optimizer, lr, batch, config, iteration, sums)
     critic.model.eval()
     sums = total(gather([sums]))
     acted = [row for row in rows if row.returns is not None]
@@ -484,7 +553,8 @@ def update_critic(
     return {
         "critic/loss": sums["loss"] / len(batches),
         "critic/clip_fraction": sums["clipped"] / sums["tokens"],
-        "critic/grad_norm": sums["grad_norm"] / len(batches),
+        "critic/grad_norm": sums["grad_norm"] / max(1, len(batches) - round(sums.get("skipped", 0))),
+        "critic/skipped_steps": round(sums.get("skipped", 0)),
         "critic/value": float(value_T.mean()),
         "critic/explained_variance": float(1 - np.var(return_T - value_T) / max(np.var(return_T), 1e-12)),
     }
@@ -499,7 +569,8 @@ def lr_factor(config: Config, iteration: int) -> float:
 def dry_run(config: Config) -> str:
     """The resolved config, what one iteration will do, and what memory it will take. Raises ConfigError where it does
     not divide over torchrun's ranks."""
-    configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    configuration.check_world(config, world)
     configuration.check_lineage(config)
     episodes = config.rollout.groups * config.rollout.group_size
     answers = config.judge.questions * config.judge.group_size if config.judge.enabled else 0
@@ -508,7 +579,7 @@ def dry_run(config: Config) -> str:
         f"# one iteration: {config.rollout.groups} games x {config.rollout.group_size} = {episodes} episodes of at "
         f"most {config.env.max_steps} steps, {answers} critiques\n"
         f"# update: at most {-(-episodes * config.env.max_steps // config.train.rows_per_update)} optimizer steps of "
-        f"{config.train.rows_per_update} rows\n" + memory.table(config)
+        f"{config.train.rows_per_update} rows\n" + memory.table(config, world=world)
     )
 
 
