@@ -108,7 +108,7 @@ def phases(config: Config, gpu_gib: float, world: int = 1) -> tuple[Parameters, 
         "qlora": half * (number.all - number.matrices) + 4.5 / 8 * number.matrices + 4 * number.trained,
     }[model.tune]
     adam = (2 if train.optimizer == "adamw8bit" else 8) * number.trained / shards
-    held = {"weights": weights, "Adam": adam}
+    held = {"trainer's weights": weights, "Adam": adam}
     if config.algo.advantage == "ppo":
         held["critic, with Adam"] = weights + adam
     engine = config.rollout.gpu_memory_utilization * gpu_gib * GIB
