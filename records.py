@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
 import config as configuration
@@ -217,7 +220,10 @@ def save_checkpoint(
         "progress": progress,
         "config": configuration.to_dict(config),
     }
-    save_model(actor, folder, {"guidelines.json": progress["rules"]}, state, critic, optimizers)
+    try:
+        save_model(actor, folder, {"guidelines.json": progress["rules"]}, state, critic, optimizers)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk speaks through each of them
+        raise ConfigError(f"could not write {folder}: {error}. The checkpoint before it is whole") from error
     if dist.get_rank() == 0:
         point_latest(folder, config.train.keep_checkpoints)
     dist.barrier()
@@ -255,7 +261,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, dict]:
     folder = config.run_dir / "checkpoints" / "latest"
     if not folder.exists():
         return None, {}
-    state = torch.load(folder / "trainer" / "state.pt", weights_only=True, map_location="cpu")
+    state = _load(folder / "trainer" / "state.pt")
     now, default = (_flat(configuration.to_dict(one)) for one in (config, Config()))
     then = default | _flat(state["config"])  # an option that is younger than the run had its default's effect
     free = FREE_TO_CHANGE - ({"train.iterations"} if config.train.schedule == "linear" else set())
@@ -274,8 +280,20 @@ def find_checkpoint(config: Config) -> tuple[Path | None, dict]:
             "with the same model.shard, or start another run from its weights (model.path)"
         )
     own = folder / "trainer" / f"optimizers_{dist.get_rank() if parts > 1 else 0}.pt"
-    state["optimizers"] = torch.load(own, weights_only=True, map_location="cpu")
+    state["optimizers"] = _load(own)
     return folder.resolve(), state
+
+
+def _load(file: Path) -> Any:
+    """What torch.save wrote. Raises ConfigError where that is not, or no longer, what is there."""
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"{file.parent.parent} is not a whole checkpoint of a run ({file.name}: {first}): delete it, and let "
+            "`latest` beside it point to the one before"
+        ) from None
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -1,19 +1,25 @@
 """Weights in shards, LoRA and QLoRA: two ranks give what one rank gives that holds all of them."""
 
+import json
 import pickle
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+import config as configuration
+import model
 import train_rl
-from config import Config
+from config import Config, ConfigError
 from model import Row, load_actor, load_critic, load_reference, named_weights
 from ranks import is_sharded, make_optimizer
+from records import find_checkpoint
 from rows import add_critic
 
-SHARDED = "model.shard=always"
 LORA = ["model.tune=lora", "model.lora_rank=4", "model.lora_alpha=8", "train.lr=1e-2"]
 KL = ["algo.kl=0.1", "train.rows_per_update=8"]
 SCENARIOS = {  # overrides; whether the weights are in shards
@@ -98,3 +104,110 @@ def test_two_ranks_equal_one_in_every_way_of_holding_weights(rows, config, tmp_p
 
 def total_distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     return sum(float((one[key] - other[key]).abs().sum()) for key in one | other)
+
+
+ADAPTER = """
+import json, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+import config, evaluate, model, ranks
+given = config.load(sys.argv[1])
+ranks.join_ranks(given)
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+folder = Path(sys.argv[2])
+base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+llm = LLM(base, dtype="float32", enable_lora=True, max_lora_rank=8, max_loras=1, max_model_len=512, enforce_eager=True,
+          kv_cache_memory_bytes=64 << 20, block_size=32, skip_tokenizer_init=True, disable_log_stats=True,
+          enable_chunked_prefill=False, distributed_executor_backend="external_launcher")
+actor = model.load_actor(given, path=str(folder), train=False)
+prompt = actor.encode("You are in a room. Your task is to: look.")
+how = SamplingParams(temperature=0, max_tokens=12, logprobs=0, detokenize=False)
+adapted = LoRARequest("trained", 1, str(folder))
+output = llm.generate([{"prompt_token_ids": prompt}], how, lora_request=adapted, use_tqdm=False)[0].outputs[0]
+said = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+plain = llm.generate([{"prompt_token_ids": prompt}], how, use_tqdm=False)[0].outputs[0]
+row = model.Row(*(torch.tensor(ids).numpy() for ids in (prompt, list(output.token_ids))))
+ours = model.all_logprobs(actor, [row], 4096, 1.0)[0]
+first = lambda one: one.logprobs[0][one.token_ids[0]].logprob
+print("GAP", abs(torch.tensor(said) - torch.tensor(ours)).max().item(), abs(first(output) - first(plain)))
+llm.llm_engine.engine_core.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def adapted(small_games, tmp_path_factory):
+    """A finished run of two ranks that train an adapter, held to the model that they started from."""
+    folder = tmp_path_factory.mktemp("adapted")
+    settings = [*LORA, "algo.kl=0.1", "train.eval_every=0", "train.checkpoint_every=1"]
+    tiny.run("train_rl.py", tiny.rl_yaml(small_games, folder), "--set", *settings, cwd=folder, ranks=2)
+    return folder / "runs" / "tiny_rl"
+
+
+def test_an_adapter_is_trained_saved_and_resumed(adapted, small_games, tmp_path, monkeypatch):
+    first, second = [json.loads(line) for line in (adapted / "metrics.jsonl").read_text().splitlines()]
+    assert first["mismatch/canary"] < 1e-4 and second["mismatch/max_abs"] < 1e-3  # the engine has the merged weights
+    assert 0 <= first["train/kl"] < second["train/kl"]
+    base = tiny.checkpoint(small_games)
+    folder = adapted / "checkpoints" / "latest"
+    assert not list(folder.glob("model*.safetensors")) and (folder / "adapter_model.safetensors").is_file()
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(plain, folder).merge_and_unload().state_dict()
+    given = configuration.load(adapted / "config.yaml")
+    actor = load_actor(given, path=str(folder))
+    ours = dict(named_weights(actor))
+    assert tiny.distance(ours, {name: merged[name] for name in ours}) < 1e-6
+    full = load_actor(tiny.changed(given, "model.tune=full"), path=str(folder), train=False)
+    assert tiny.distance(ours, full.model.state_dict()) < 1e-6  # part of the weights
+    assert tiny.distance(ours, load_actor(given).inner.state_dict() | ours) == 0
+    assert total_distance(ours, dict(named_weights(load_actor(given)))) > 1
+    monkeypatch.chdir(adapted.parents[1])
+    checkpoint, state = find_checkpoint(given)
+    optimizer = make_optimizer(actor.model, 1e-2, 0.0)
+    optimizer.load_state_dict(state["optimizers"][0])
+    assert state["iteration"] == 2 and state["parts"] == 1
+
+
+def test_an_adapter_is_the_start_of_another_run(adapted, small_games):
+    """Its weights are the start, and what KL holds to; sizes that do not fit are named."""
+    given = configuration.load(adapted / "config.yaml")
+    start = tiny.changed(given, f"model.path={adapted / 'checkpoints' / 'latest'}", "algo.kl=0.1")
+    actor = load_actor(start)
+    reference = load_reference(start, actor)
+    before = dict(named_weights(actor))
+    with torch.no_grad():
+        for name, parameter in actor.model.named_parameters():
+            if "lora_B.default" in name:
+                parameter.add_(0.1)
+    made = [Row(np.arange(5), np.arange(3, 9))]
+    with model.as_reference(reference, actor) as initial:
+        held = model.all_logprobs(initial, made, 4096, 1.0)[0]
+    moved = model.all_logprobs(actor, made, 4096, 1.0)[0]
+    again = model.all_logprobs(load_actor(start), made, 4096, 1.0)[0]
+    assert np.abs(held - again).max() < 1e-5 < 1e-2 < np.abs(moved - again).max()
+    assert {name for name, p in actor.model.named_parameters() if p.requires_grad} == {
+        name for name, _ in actor.model.named_parameters() if ".default." in name
+    }
+    assert total_distance(before, dict(named_weights(actor))) > 1
+    with pytest.raises(ConfigError, match="has rank 4 and alpha 8"):
+        load_actor(tiny.changed(start, "model.lora_rank=8"))
+
+
+def test_vllm_serves_an_adapter_as_it_is_saved(adapted, tmp_path):
+    pytest.importorskip("vllm")
+    (tmp_path / "serve.py").write_text(ADAPTER)
+    arguments = (adapted / "config.yaml", (adapted / "checkpoints" / "latest").resolve())
+    printed = tiny.run(tmp_path / "serve.py", *arguments, cwd=tmp_path)
+    gap, effect = map(float, printed.split("GAP")[1].split()[:2])
+    assert gap < 1e-4 < effect
+
+
+def test_4_bit_weights_train_an_adapter(small_games, tmp_path, monkeypatch):
+    """A whole run with QLoRA and 8-bit Adam, by the transformers engine."""
+    monkeypatch.chdir(tmp_path)
+    settings = [*LORA, "model.tune=qlora", "train.optimizer=adamw8bit", "rollout.engine=transformers"]
+    settings += ["train.eval_every=0", "rollout.groups=2", "judge.teacher_steps=8"]
+    tiny.run("train_rl.py", tiny.rl_yaml(small_games, tmp_path), "--set", *settings, cwd=tmp_path)
+    lines = (tmp_path / "runs/tiny_rl/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and all(json.loads(line)["mismatch/canary"] < 1e-3 for line in lines)
+    assert (tmp_path / "runs/tiny_rl/checkpoints/latest/adapter_model.safetensors").is_file()

@@ -9,24 +9,20 @@ import random
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import changed
 
-import config as configuration
 import envs
-import prompts
 import rows as row_making
 import train_rl
 from config import Config, ConfigError
 from model import Actor, Row, all_logprobs, load_actor, load_critic
 from ranks import make_optimizer
-from records import find_checkpoint, rollout_metrics, row_metrics
+from records import Clock, find_checkpoint, rollout_metrics, row_metrics, save_checkpoint
 from rollout import Episode, Step
 from rows import actor_rows, add_critic, mini_batches
 from train_rl import sample_tasks, score, update, update_critic
@@ -408,161 +404,7 @@ def test_learning_rate_schedule(config):
     assert [train_rl.lr_factor(linear, n) for n in (0, 5, 9)] == pytest.approx([1, 0.5, 0.1])
 
 
-# ---- Whole runs
-
-
-@pytest.fixture(scope="module")
-def run(small_games, tmp_path_factory) -> Path:
-    """The folder of a finished run: two iterations with GCD and guidelines, on one rank, by vLLM."""
-    folder = tmp_path_factory.mktemp("run")
-    printed = tiny.run("train_rl.py", tiny.rl_yaml(small_games, folder), cwd=folder)
-    (folder / "printed.txt").write_text(printed)
-    return folder / "runs" / "tiny_rl"
-
-
-def metrics_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def episodes_of(run: Path, iteration: int) -> tuple[list[dict], dict]:
-    *episodes, extra = map(json.loads, (run / "episodes" / f"{iteration:06d}.jsonl").read_text().splitlines())
-    return episodes, extra
-
-
-def test_metrics_have_their_namespaces(run):
-    first, second = metrics_of(run)
-    assert (first["iteration"], second["iteration"]) == (0, 1)
-    for record in (first, second):
-        spaces = {key.split("/")[0] for key in record if "/" in key}
-        assert spaces >= {"rollout", "train", "judge", "mismatch", "time"}
-        assert ("eval" in spaces) == (record["iteration"] == 1)
-        assert all(np.isfinite(value) for value in record.values())
-        assert record["rollout/episodes"] == 16 and record["rollout/discarded"] == 0
-        assert record["judge/questions"] >= 2 and record["judge/rows"] == 4 * record["judge/questions"]
-        assert record["mismatch/mean_abs"] < 1e-4 and record["mismatch/canary"] < 1e-4
-        assert record["train/rows"] == record["rollout/steps"] and record["train/grad_norm"] > 0
-        assert record["train/lr"] == 1e-3 and record["train/updates"] == -(-record["rollout/steps"] // 48)
-        assert record["time/collect"] > 0 and record["time/total"] > record["time/update"]
-    assert 0 <= second["eval/L0"] <= 1 and "eval/L1" in second
-    board = EventAccumulator(str(run / "tensorboard"))
-    board.Reload()
-    assert [event.value for event in board.Scalars("train/grad_norm")] == pytest.approx(
-        [first["train/grad_norm"], second["train/grad_norm"]]
-    )
-    assert "iterations done" in (run.parents[1] / "printed.txt").read_text()
-
-
-def test_episodes_are_dumped(run, small_games):
-    for iteration, record in enumerate(metrics_of(run)):
-        episodes, extra = episodes_of(run, iteration)
-        assert [(e["group"], e["member"]) for e in episodes] == [(g, m) for g in range(4) for m in range(4)]
-        assert np.mean([e["won"] for e in episodes]) == record["rollout/success"]
-        assert sum(len(e["steps"]) for e in episodes) == record["rollout/steps"]
-        assert ["response_ids" in e["steps"][0] for e in episodes] == [True, True] + [False] * 14
-        assert len(extra["questions"]) == record["judge/questions"]
-        assert sorted(q["label"] for q in extra["questions"]) == sorted([0, 1] * (len(extra["questions"]) // 2))
-        for question in extra["questions"]:
-            judged = next(e for e in episodes if (e["group"], e["member"]) == (question["group"], question["member"]))
-            assert judged["steps"][question["step"]]["label"] == question["label"] and len(question["answers"]) == 4
-    config = tiny.rl_config(small_games)
-    tasks = {task.id for task in sample_tasks(envs.tasks(config.env, "L0", "train"), config, 1)}
-    assert {e["task"]["id"] for e in episodes} == tasks
-
-
-def test_golden_rules_enter_the_next_prompts(run):
-    _, extra = episodes_of(run, 0)
-    rules = extra["guidelines"]
-    verdicts = [(prompts.parse_critique(answer), question["label"]) for question in extra["questions"]
-                for answer in question["answers"]]  # fmt: skip
-    advice = {critique.advice for critique, label in verdicts if critique.score == label and critique.advice}
-    assert rules and set(rules) <= advice  # medoids of what right critiques advise
-    prompt = episodes_of(run, 1)[0][0]["steps"][0]["prompt"]
-    assert all(f"- {rule}\n" in prompt for rule in rules)
-    assert "guideline" not in episodes_of(run, 0)[0][0]["steps"][0]["prompt"]
-    saved = json.loads((run / "checkpoints" / "latest" / "guidelines.json").read_text())
-    assert saved == episodes_of(run, 1)[1]["guidelines"]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_actor(Config(device="cpu"), path=str(folder)).model.state_dict()
-
-
-def test_checkpoint_loads(run, small_games):
-    folder = run / "checkpoints" / "latest"
-    assert os.readlink(folder) == "000002"
-    assert tiny.distance(weights_of(folder), weights_of(tiny.checkpoint(small_games))) > 1e-3
-    assert tiny.distance(weights_of(folder), weights_of(run / "checkpoints" / "000001")) > 1e-4
-    assert configuration.load(run / "config.yaml") == tiny.rl_config(small_games)
-
-
-def test_a_finished_run_has_nothing_left_to_do_and_refuses_other_settings(run, small_games, monkeypatch):
-    monkeypatch.chdir(run.parents[1])
-    checkpoint, state = find_checkpoint(tiny.rl_config(small_games))
-    assert checkpoint == run / "checkpoints" / "000002" and state["iteration"] == 2
-    for free in ("train.iterations=9", "train.eval_every=0", "eval.seeds=5", "train.checkpoint_every=7"):
-        assert find_checkpoint(tiny.rl_config(small_games, free))[1]["iteration"] == 2
-    with pytest.raises(ConfigError, match=r"made with other settings \(algo.gamma, train.lr\): choose another name"):
-        find_checkpoint(tiny.rl_config(small_games, "train.lr=1", "algo.gamma=0.5"))
-    assert find_checkpoint(tiny.rl_config(small_games, "name=other", "train.lr=1")) == (None, {})
-
-
-def same_episodes(run: Path, other: Path, iteration: int) -> None:
-    """Equal but for what is drawn per rank (which steps the teacher sees) and for rounding."""
-    for one, two in zip(episodes_of(run, iteration)[0], episodes_of(other, iteration)[0], strict=True):
-        assert {**one, "steps": 0} == {**two, "steps": 0}
-        for step, twin in zip(one["steps"], two["steps"], strict=True):
-            for key in ("observation", "response", "action", "valid", "available", "reward", "thought"):
-                assert step[key] == twin[key]
-            assert step["advantage"] == pytest.approx(twin["advantage"], abs=1e-6)
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(run, small_games, tmp_path):
-    """A run that died after its first checkpoint, in the middle of writing the second."""
-    copied = tiny.copy(run, tmp_path / "runs" / "tiny_rl")
-    checkpoints = copied / "checkpoints"
-    (checkpoints / "latest").unlink()
-    (checkpoints / "latest").symlink_to("000001")
-    (checkpoints / "000002").rename(checkpoints / "000002.partial")
-    (checkpoints / "000002.partial" / "model.safetensors").write_bytes(b"torn")
-    written = (copied / "metrics.jsonl").read_text()
-    (copied / "metrics.jsonl").write_text(written[: len(written) - 100])  # torn, too
-    tiny.run("train_rl.py", tiny.rl_yaml(small_games, tmp_path), cwd=tmp_path)
-    expected, found = metrics_of(run), metrics_of(copied)
-    assert found[0] == expected[0] and len(found) == 2
-    for key, value in expected[1].items():
-        if not key.startswith("time/") and key != "rollout/tokens_per_s":
-            assert found[1][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
-    same_episodes(run, copied, 1)
-    assert episodes_of(run, 1)[1] == episodes_of(copied, 1)[1]
-    assert tiny.distance(weights_of(run / "checkpoints" / "latest"), weights_of(checkpoints / "latest")) < 1e-6
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["000001", "000002", "latest"]
-
-
-TWO_RANKS = """
-import sys, torch, torch.distributed as dist
-import config, train_rl
-plain = train_rl.sync
-def sync(engine, actor):
-    plain(engine, actor)
-    torch.save(actor.model.state_dict(), f"rank{dist.get_rank()}.pt")
-train_rl.sync = sync
-config.fail_clearly(train_rl.main)
-"""
-
-
-def test_two_ranks_play_the_same_episodes_and_stay_equal(run, small_games, tmp_path):
-    (tmp_path / "two.py").write_text(TWO_RANKS)
-    arguments = [tiny.rl_yaml(small_games, tmp_path), "--set", "train.iterations=1"]
-    tiny.run(tmp_path / "two.py", *arguments, cwd=tmp_path, ranks=2)
-    twin = tmp_path / "runs" / "tiny_rl"
-    same_episodes(run, twin, 0)
-    one, two = metrics_of(run)[0], metrics_of(twin)[0]
-    for key in one:
-        if key.startswith("rollout/") and key != "rollout/tokens_per_s":
-            assert two[key] == pytest.approx(one[key]), key
-    weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert tiny.distance(*weights) == 0 == tiny.distance(weights[0], weights_of(twin / "checkpoints" / "latest"))
-    assert tiny.distance(weights[0], weights_of(tiny.checkpoint(small_games))) > 1e-3
+# ---- Runs in this process
 
 
 def run_here(small_games, tmp_path, monkeypatch, *overrides: str) -> list[dict]:
@@ -574,7 +416,7 @@ def run_here(small_games, tmp_path, monkeypatch, *overrides: str) -> list[dict]:
     monkeypatch.setattr(train_rl, "join_ranks", lambda config: tiny.join() or (0, 1))
     monkeypatch.setattr("rollout.Engine.close", lambda self: None)
     train_rl.main()
-    return metrics_of(tmp_path / "runs" / "tiny_rl")
+    return tiny.metrics_of(tmp_path / "runs" / "tiny_rl")
 
 
 PLAIN = ("judge.enabled=false", "guidelines.every=0")
@@ -598,7 +440,7 @@ def test_every_method_trains(method, gcd, small_games, tmp_path, monkeypatch):
     assert len(records) == 2 and all(np.isfinite(value) for record in records for value in record.values())
     assert all(record["train/grad_norm"] > 0 for record in records)
     run = tmp_path / "runs" / "tiny_rl"
-    assert tiny.distance(weights_of(run / "checkpoints" / "latest"), weights_of(start)) > 1e-4
+    assert tiny.distance(tiny.weights_of(run / "checkpoints" / "latest"), tiny.weights_of(start)) > 1e-4
     assert gcd == any(key.startswith("judge/balanced") for record in records for key in record)
     critic = run / "checkpoints" / "latest" / "trainer" / "critic"
     assert critic.is_dir() == (method == "ppo") == ("critic/loss" in records[0])
@@ -607,7 +449,7 @@ def test_every_method_trains(method, gcd, small_games, tmp_path, monkeypatch):
     if method == "nthr":
         assert sum(record["train/nthr_weakened"] for record in records) > 0
     if method == "rlvmr":
-        tags = {step["tag"] for episode in episodes_of(run, 0)[0] for step in episode["steps"]}
+        tags = {step["tag"] for episode in tiny.episodes_of(run, 0)[0] for step in episode["steps"]}
         assert tags > {"planning", "explore"}
 
 
@@ -662,7 +504,7 @@ def test_groups_of_equal_returns_are_drawn_again(small_games, tmp_path, monkeypa
     """The first draws stay in the record; what is trained on comes from the last ones, under other ids."""
     settings = ["rollout.redraws=2", "train.iterations=1", *PLAIN]
     (record,) = run_here(small_games, tmp_path, monkeypatch, *settings)
-    episodes = episodes_of(tmp_path / "runs" / "tiny_rl", 0)[0]
+    episodes = tiny.episodes_of(tmp_path / "runs" / "tiny_rl", 0)[0]
     groups = {}
     for episode in episodes:
         groups.setdefault(episode["group"], []).append(episode)
@@ -764,7 +606,7 @@ def test_rules_from_a_file_are_followed_and_kept(small_games, tmp_path, monkeypa
     run = tmp_path / "runs" / "tiny_rl"
     rules = ["Open every drawer.", "Then < |im_end|> look."]
     assert json.loads((run / "checkpoints" / "latest" / "guidelines.json").read_text()) == rules
-    prompt = episodes_of(run, 0)[0][0]["steps"][0]["prompt"]
+    prompt = tiny.episodes_of(run, 0)[0][0]["steps"][0]["prompt"]
     assert "".join(f"- {rule}\n" for rule in rules) in prompt
     with pytest.raises(ConfigError, match="nosuch"):
         tiny.rl_config(small_games, "guidelines.file=nosuch")
@@ -776,7 +618,7 @@ def test_plain_method_leaves_no_trace_of_the_judge(small_games, tmp_path, monkey
     (record,) = run_here(small_games, tmp_path, monkeypatch, *settings)
     assert not [key for key in record if "judge/" in key] and record["train/loss_judge"] == 0
     assert record["mismatch/mean_abs"] < 1e-4 and record["rollout/episodes"] == 8
-    assert episodes_of(tmp_path / "runs" / "tiny_rl", 0)[1] == {"questions": [], "guidelines": []}
+    assert tiny.episodes_of(tmp_path / "runs" / "tiny_rl", 0)[1] == {"questions": [], "guidelines": []}
 
 
 def test_dry_run_prints_the_arithmetic(small_games, tmp_path, monkeypatch, capsys):
@@ -797,8 +639,8 @@ def test_scienceworld_is_trained_on(small_games, tmp_path):
     settings += ["train.eval_every=0", "guidelines.every=0", "rollout.concurrency=8"]
     tiny.run("train_rl.py", tiny.rl_yaml(small_games, tmp_path), "--set", *settings, cwd=tmp_path)
     run = tmp_path / "runs" / "tiny_rl"
-    (record,) = metrics_of(run)
-    episodes, _ = episodes_of(run, 0)
+    (record,) = tiny.metrics_of(run)
+    episodes, _ = tiny.episodes_of(run, 0)
     assert record["rollout/episodes"] == len(episodes) == 8 and record["rollout/steps"] == 24
     assert record["rollout/success"] == record["rollout/success_loose"] == 0 <= record["rollout/score"]
     assert record["train/updates"] >= 1 and record["mismatch/mean_abs"] < 1e-5
@@ -874,6 +716,57 @@ def test_checkpoint_of_something_else(small_games, tmp_path, monkeypatch):
     folder.with_name("latest").symlink_to("final")
     with pytest.raises((ConfigError, FileNotFoundError), match="tiny_rl"):
         find_checkpoint(tiny.rl_config(small_games))
+
+
+def test_a_full_disk_costs_no_checkpoint(initial, config, tmp_path, monkeypatch):
+    """Whichever file does not fit any more: the error says so, and the checkpoint before it stays `latest`."""
+    monkeypatch.chdir(tmp_path)
+    optimizer, progress = make_optimizer(initial.model, 1e-3, 0.0), {"advice": [], "rules": []}
+    save_checkpoint(initial, None, [optimizer], config, 1, progress)
+    for owner, name in ((torch, "save"), (type(initial.model), "save_pretrained")):
+        for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")):
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+                with pytest.raises(ConfigError, match="could not write .*000002: .*The checkpoint before it is whole"):
+                    save_checkpoint(initial, None, [optimizer], config, 2, progress)
+    assert os.readlink(config.run_dir / "checkpoints" / "latest") == "000001"
+    assert find_checkpoint(config)[1]["iteration"] == 1
+    save_checkpoint(initial, None, [optimizer], config, 2, progress)
+    assert find_checkpoint(config)[1]["iteration"] == 2
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_then_stops_the_run(initial, rows, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = changed(config, "train.rows_per_update=8", "train.max_bad_steps=1")
+    config.run_dir.mkdir(parents=True)
+    start = copy.deepcopy(initial.model.state_dict())
+    poisoned = [dataclasses.replace(row, judge=False) for row in rows]
+    bad = poisoned[3]
+    bad.advantage = float("nan")
+    actor = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
+    optimizer = make_optimizer(actor.model, 1e-3, 0.0)
+    metrics = update(actor, optimizer, scored(actor, poisoned, config), config, iteration=0)
+    assert metrics["train/skipped_steps"] == 1 and all(np.isfinite(value) for value in metrics.values())
+    assert metrics["train/updates"] == 3 and metrics["train/grad_norm"] > 0
+    assert all(torch.isfinite(weight).all() for weight in actor.model.state_dict().values())
+    assert tiny.distance(start, actor.model.state_dict()) > 1e-4  # the other two steps
+    for row in poisoned:
+        row.advantage = float("nan")
+    kept = copy.deepcopy(actor.model.state_dict())
+    with pytest.raises(
+        RuntimeError, match=r"iteration 7: the gradient was not finite 2 steps in a row.*bad_rows_000007"
+    ):
+        update(actor, optimizer, scored(actor, poisoned, config), config, iteration=7)
+    assert tiny.distance(kept, actor.model.state_dict()) == 0
+    lines = (config.run_dir / "bad_rows_000007.jsonl").read_text().splitlines()
+    assert len(lines) == 8 and json.loads(lines[0])["response"] and "NaN" in lines[0]
+
+
+def test_out_of_memory_names_what_to_lower():
+    clock = Clock()
+    with pytest.raises(ConfigError, match="'update': lower train.tokens_per_micro_batch .*Tried to allocate 2 GiB"):
+        with clock("update"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
 
 
 def test_optimizer_decays_matrices_only(initial):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import random
 import re
@@ -134,6 +135,21 @@ def off_policy(rows: list) -> list:
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """The largest difference between two sets of weights."""
     return max(float((one[name] - other[name]).abs().max()) for name in one | other)
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def episodes_of(run: Path, iteration: int) -> tuple[list[dict], dict]:
+    *episodes, extra = map(json.loads, (run / "episodes" / f"{iteration:06d}.jsonl").read_text().splitlines())
+    return episodes, extra
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    from model import load_actor
+
+    return load_actor(Config(device="cpu"), path=str(folder)).model.state_dict()
 
 
 def changed(config: Config, *overrides: str) -> Config:
