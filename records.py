@@ -72,7 +72,7 @@ class Clock:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            first = str(error).split(".")[0]
+            first = ". ".join(str(error).split(". ")[:2])
             raise ConfigError(f"out of GPU memory in the phase {phase!r}: lower {CURES[phase]} ({first})") from error
         self.phases[phase] = self.phases.get(phase, 0.0) + time.monotonic() - began
 

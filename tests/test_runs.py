@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import config as configuration
 import envs
 import prompts
+import train_rl
 from config import ConfigError
 from records import find_checkpoint
 
@@ -65,7 +66,7 @@ def test_episodes_are_dumped(run, small_games):
             judged = next(e for e in episodes if (e["group"], e["member"]) == (question["group"], question["member"]))
             assert judged["steps"][question["step"]]["label"] == question["label"] and len(question["answers"]) == 4
     config = tiny.rl_config(small_games)
-    tasks = {task.id for task in sample_tasks(envs.tasks(config.env, "L0", "train"), config, 1)}
+    tasks = {task.id for task in train_rl.sample_tasks(envs.tasks(config.env, "L0", "train"), config, 1)}
     assert {e["task"]["id"] for e in episodes} == tasks
 
 
