@@ -111,7 +111,10 @@ def phases(config: Config, gpu_gib: float, world: int = 1) -> tuple[Parameters, 
     held = {"trainer's weights": weights, "Adam": adam}
     if config.algo.advantage == "ppo":
         held["critic, with Adam"] = weights + adam
-    engine = config.rollout.gpu_memory_utilization * gpu_gib * GIB
+    share = config.rollout.gpu_memory_utilization * gpu_gib * GIB
+    engine = max(
+        share, 1.1 * half * number.all / config.rollout.tensor_parallel
+    )  # the model and a small cache at least
     asleep = {} if config.rollout.sleep else {"engine": engine}
 
     tokens, hidden, inner, layers = (
