@@ -173,11 +173,11 @@ def influences(actor: Actor, rows: Sequence[Row], config: Config) -> torch.Tenso
     hidden_TH, target_T = (torch.cat(one) for one in zip(*parts, strict=True))  # [T, H], [T]
     order = torch.tensor([index for batch in batches for index in batch])
     row_T = order.repeat_interleave(torch.tensor([len(rows[index].response_ids) for index in order]))  # [T]
-    errors = output_errors(actor, hidden_TH, target_T, config.rollout.temperature)
+    errors = error_parts(actor, hidden_TH, target_T, config.rollout.temperature)
     return losses.couplings(hidden_TH.float(), errors, row_T.to(actor.device)).double().cpu()  # [R, R]
 
 
-def output_errors(
+def error_parts(
     actor: Actor, hidden_TH: torch.Tensor, target_T: torch.Tensor, temperature: float
 ) -> Iterator[torch.Tensor]:
     """One-hot of each token minus the policy's probabilities, over the whole vocabulary, in parts [T, some tokens]."""
@@ -268,7 +268,7 @@ def draw(records: Sequence[dict], figure: Figure, path: Path) -> None:
             middle, low, high = np.array([record[name] for record in own]).T
             colour = f"C{methods.index(own[0]['method'])}"
             at = [record["iteration"] for record in own]
-            known = {line.get_label() for line in axis.get_lines()}
+            _, known = axis.get_legend_handles_labels()
             label = own[0]["method"] if own[0]["method"] not in known else f"_{run}"
             shift = 0.08 * number  # so that intervals stand side by side
             errors = [middle - low, high - middle]

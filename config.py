@@ -446,15 +446,20 @@ def check(config: Config) -> None:
             )
     if config.env.name == "scienceworld" and (config.sft.noise or config.sft.idle or config.sft.variant == "reading"):
         raise ConfigError("sft.noise, sft.idle and sft.variant=reading are made of ALFWorld's actions; leave them out")
+    if config.guidelines.every and not config.judge.enabled:
+        raise ConfigError("guidelines.every needs judge.enabled=true: golden rules are distilled from critiques")
+    check_model(config)
+    check_teacher(config)
+
+
+def check_model(config: Config) -> None:
+    """Constraints of how the model is held. Raises ConfigError."""
     if config.model.path == "tiny" and config.model.tune != "full":
         raise ConfigError("model.path=tiny is made from nothing: model.tune=full")
     if config.model.tune == "qlora" and config.model.shard == "always":
         raise ConfigError("4-bit weights are not sharded: with model.tune=qlora leave model.shard=auto")
     if config.rollout.tensor_parallel > 1 and config.rollout.engine == "transformers":
         raise ConfigError("rollout.tensor_parallel is vLLM's; rollout.engine=transformers has one rank per engine")
-    if config.guidelines.every and not config.judge.enabled:
-        raise ConfigError("guidelines.every needs judge.enabled=true: golden rules are distilled from critiques")
-    check_teacher(config)
 
 
 def check_algo(config: Config) -> None:

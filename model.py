@@ -104,7 +104,7 @@ def load_actor(
         model, tokenizer = build_tiny(config, corpus)
         return place(config, model, tokenizer, "tiny", "", train)
     check_path(path)
-    adapter = path if (Path(path) / "adapter_config.json").is_file() else ""
+    adapter = path if is_adapter(path) else ""
     base = base_of(path)
     try:
         tokenizer = load_tokenizer(path)
@@ -121,7 +121,7 @@ def load_critic(config: Config, actor: Actor, path: str) -> Actor:
 
     The head of a language model's checkpoint starts at 0: the first values are 0, the same on every rank.
     """
-    adapter = path if (Path(path) / "adapter_config.json").is_file() else ""
+    adapter = path if is_adapter(path) else ""
     base = base_of(path)
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # it would tell that the head is new
@@ -150,7 +150,7 @@ def load_reference(config: Config, actor: Actor) -> Actor | None:
         reference = load_actor(config, train=False)
         reference.model.to("cpu")
         return reference
-    if (Path(config.model.path) / "adapter_config.json").is_file():
+    if is_adapter(config.model.path):
         actor.model.load_adapter(config.model.path, "initial", is_trainable=False)
         actor.model.set_adapter("default")
     return actor
@@ -172,11 +172,17 @@ def as_reference(reference: Actor, actor: Actor) -> Iterator[Actor]:
             yield actor
 
 
+def is_adapter(path: str) -> bool:
+    """Whether a folder holds an adapter, as peft saves it, and not a whole model."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
 def base_of(path: str) -> str:
     """The folder or hub id of the whole model that `path` is or is an adapter of; folders are resolved, for `latest`
     will point elsewhere. Raises ConfigError where it is gone."""
-    file = Path(path) / "adapter_config.json"
-    base = json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else path
+    base = path
+    if is_adapter(path):
+        base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
     if base != path:
         check_path(base)
     return str(Path(base).resolve()) if Path(base).is_dir() else base
@@ -262,8 +268,7 @@ def check_path(path: str) -> None:
     """A local model folder must be whole. Raises ConfigError; a hub id ("owner/name") passes."""
     folder = Path(path)
     if folder.is_dir():
-        adapter = (folder / "adapter_config.json").is_file()
-        for needed in ("adapter_config.json" if adapter else "config.json", "tokenizer.json"):
+        for needed in ("adapter_config.json" if is_adapter(path) else "config.json", "tokenizer.json"):
             if not (folder / needed).is_file():
                 raise ConfigError(f"{path} is not a model folder: it has no {needed}")
         if not any(folder.glob("*.safetensors")):

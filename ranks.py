@@ -112,6 +112,7 @@ def shard(model: torch.nn.Module, layers: Sequence[torch.nn.Module], device: tor
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether this rank holds a part of each weight only."""
     return isinstance(model, FSDPModule)
 
 
