@@ -79,9 +79,10 @@ class Parameters:
     trained: int
 
 
-def count(config: Config) -> tuple[PretrainedConfig, Parameters]:
-    """The sizes of the model, and its parameters. Raises ConfigError for an unknown model."""
-    sizes = shape(config)
+def count(config: Config, sizes: PretrainedConfig | None = None) -> tuple[PretrainedConfig, Parameters]:
+    """The sizes of the model (default: of config.model.path), and its parameters. Raises ConfigError for an unknown
+    model."""
+    sizes = sizes or shape(config)
     if sizes is None:
         raise ConfigError(f"{config.model.path} is not here, and its sizes are not known")
     with torch.device("meta"):
@@ -94,12 +95,14 @@ def count(config: Config) -> tuple[PretrainedConfig, Parameters]:
     return sizes, Parameters(whole, whole - inside, *sums, whole if config.model.tune == "full" else adapter)
 
 
-def phases(config: Config, gpu_gib: float, world: int = 1) -> tuple[Parameters, list[Phase]]:
+def phases(
+    config: Config, gpu_gib: float, world: int = 1, sizes: PretrainedConfig | None = None
+) -> tuple[Parameters, list[Phase]]:
     """The model's parameters, and the phases of an RL iteration on one of `world` GPUs. Raises ConfigError for an
-    unknown model."""
-    sizes, number = count(config)
-    model, train = config.model, config.train
-    half = 4 if model.dtype == "float32" else 2  # bytes of what is computed in
+    unknown model. With device=cpu what the same update takes there, for benchmarks/update.py to compare."""
+    sizes, number = count(config, sizes)
+    model, train, on_cpu = config.model, config.train, config.device == "cpu"
+    half = 4 if model.dtype == "float32" or (on_cpu and model.dtype == "auto") else 2  # bytes of what is computed in
     auto = model.tune == "full"
     shards = world if {"auto": auto, "always": True, "never": False}[model.shard] else 1
     weights = {
@@ -123,11 +126,11 @@ def phases(config: Config, gpu_gib: float, world: int = 1) -> tuple[Parameters, 
         sizes.intermediate_size,
         sizes.num_hidden_layers,
     )
-    # of one layer and token: inputs of its matrices in half precision, and the two norms' in float32
-    layer = (2 * (6 * hidden + 4 * inner) + 8 * hidden) * tokens
+    # of one layer and token: inputs of its matrices as computed, and the two norms' in float32
+    layer = (half * (6 * hidden + 4 * inner) + 8 * hidden) * tokens
     kept = layers * 4 * hidden * tokens + layer if model.gradient_checkpointing else layers * layer
     work = {"logits": 3 * 4 * LOGIT_CHUNK * sizes.vocab_size}
-    if model.attention == "sdpa":
+    if model.attention == "sdpa" and not on_cpu:  # rows are packed
         work["attention mask"] = 3 * tokens**2  # as bool and in half precision
     copy = {"lora": 0, "qlora": half * number.largest, "full": 0 if half == 4 and shards == 1 else half * number.all}[
         model.tune

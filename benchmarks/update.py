@@ -12,14 +12,15 @@ reply       the same, logits of the longest reply's window alone (transformers' 
 All sides train the same random weights on the same rows by the same loss and optimizer, with micro-batches of at most
 train.tokens_per_micro_batch tokens, padding included.  Rows are as ALFWorld's are: prompts of about 1,000 tokens,
 replies of about 200.  Each side runs in a process of its own, so that its peak memory is its own: on CPU the resident
-set beyond that before the update, on CUDA torch's count.  Ratios are medians of --repeats interleaved runs, [min, max];
-an update that warms up is not counted.  With --peak-tflops the share of that which 6 FLOPs per parameter and token make
-up (8 with gradient checkpointing) is printed, too.
+set beyond that before the update, on CUDA torch's count; that of ours is compared to memory.py's estimate, too.  Ratios
+are medians of --repeats interleaved runs, [min, max]; an update that warms up is not counted.  With --peak-tflops the
+share of that which 6 FLOPs per parameter and token make up (8 with gradient checkpointing) is printed, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import statistics
@@ -44,10 +45,14 @@ import losses
 import memory
 import train_rl
 from config import Config
-from model import Actor, Row, compute_dtype, place
+from model import Actor, Row, compute_dtype, micro_batches, place
 from ranks import join_ranks, make_optimizer, pick_device, step
 
-SMALL = (64, 256, 2, 4, 2, 151936, True)  # memory.SIZES of the default shape
+SHAPES = {  # memory.SIZES: what the logits take is most of "small", what the layers take most of "deep"
+    "small": (64, 256, 2, 4, 2, 151936, True),
+    "deep": (384, 1024, 12, 6, 2, 8192, True),
+    **memory.PUBLISHED,
+}
 SIDES = ("full", "reply", "ours")
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "qwen1.5b_grpo.yaml"
 # one optimizer step, of a loss that needs no reference; a micro-batch whose full logits are not beyond all bounds
@@ -58,7 +63,7 @@ def main() -> None:
     """The command line."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--config", default=CONFIG, help="default: configs/qwen1.5b_grpo.yaml")
-    command.add_argument("--shape", choices=["small", *memory.PUBLISHED], default="small")
+    command.add_argument("--shape", choices=SHAPES, default="small")
     command.add_argument("--rows", type=int, default=8)
     command.add_argument("--repeats", type=int, default=3)
     command.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
@@ -82,10 +87,13 @@ def main() -> None:
         for key, what in (("seconds", "time"), ("gib", "peak memory")):
             ratios = [other[key] / own[key] for other, own in zip(found[side], found["ours"], strict=True)]
             print(f"{what} of {side} / ours: {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
+    if runs := found.get("ours"):
+        gib, guess = (statistics.median(run[key] for run in runs) for key in ("gib", "estimate"))
+        print(f"peak memory of ours / as memory.py estimates it: {gib / guess:.2f} ({gib:.2f} / {guess:.2f} GiB)")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds and GiB of one update of one side, the tokens of its rows, and their TFLOPs."""
+    """Seconds and GiB of one update of one side, the GiB that ours should take, the rows' tokens and their TFLOPs."""
     config = configuration.load(arguments.config, [*ALIKE, *arguments.set])
     join_ranks(config)
     actor = build(config, arguments.shape)
@@ -100,16 +108,24 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     tokens = sum(row.tokens for row in rows)
     parameters = sum(parameter.numel() for parameter in actor.model.parameters())
     flops = (8 if config.model.gradient_checkpointing else 6) * parameters * tokens
-    return {"seconds": seconds, "gib": peak.gib, "tokens": tokens, "tflops": flops / 1e12}
+    most = max(
+        sum(rows[index].tokens for index in batch) if actor.packed else rows[batch[0]].tokens * len(batch)
+        for batch in micro_batches(rows, config.train.tokens_per_micro_batch, actor.packed)
+    )  # tokens of the largest micro-batch
+    filled = dataclasses.replace(config.train, tokens_per_micro_batch=most)
+    on = dataclasses.replace(config, device=actor.device.type, train=filled)
+    phase = memory.phases(on, gpu_gib=0.0, sizes=actor.inner.config)[1][-1]
+    before = sum(phase.parts[part] for part in ("trainer's weights", "Adam")) if actor.device.type == "cpu" else 0.0
+    estimate = phase.total - before - phase.parts.get("engine", 0.0)
+    return {"seconds": seconds, "gib": peak.gib, "estimate": estimate, "tokens": tokens, "tflops": flops / 1e12}
 
 
 def build(config: Config, shape: str) -> Actor:
     """The actor, with random weights."""
-    sizes = SMALL if shape == "small" else memory.PUBLISHED[shape]
     dtype = torch.float32 if config.model.tune == "full" else compute_dtype(config)
     with pick_device(config):
         model = AutoModelForCausalLM.from_config(
-            Qwen2Config(**dict(zip(memory.SIZES, sizes, strict=True))),
+            Qwen2Config(**dict(zip(memory.SIZES, SHAPES[shape], strict=True))),
             attn_implementation=config.model.attention,
             dtype=dtype,
         )
