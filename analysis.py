@@ -23,7 +23,7 @@ import functools
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +43,12 @@ import judge
 import losses
 from config import Config, ConfigError
 from evaluate import EVALUATION
-from model import Actor, Row, last_hidden, load_actor, micro_batches
+from model import Row, load_actor
 from ranks import join_ranks
 from rollout import Engine, collect, make_engine, sync
+from telemetry import influences
 
 RESAMPLES = 1000
-VOCABULARY_PART = 8192  # tokens whose errors exist at the same time
 
 
 @dataclass(frozen=True)
@@ -163,36 +163,6 @@ def coupling_gaps(engine: Engine, panel: Sequence[judge.Question], config: Confi
 
             numbers[how + where] = interval(gap, game_R.numpy())
     return numbers
-
-
-@torch.no_grad()
-def influences(actor: Actor, rows: Sequence[Row], config: Config) -> torch.Tensor:
-    """losses.couplings of all rows, in their order: float64 [R, R], on the CPU."""
-    batches = micro_batches(rows, config.train.tokens_per_micro_batch, actor.packed)
-    parts = [last_hidden(actor, [rows[index] for index in batch]) for batch in batches]
-    hidden_TH, target_T = (torch.cat(one) for one in zip(*parts, strict=True))  # [T, H], [T]
-    order = torch.tensor([index for batch in batches for index in batch])
-    row_T = order.repeat_interleave(torch.tensor([len(rows[index].response_ids) for index in order]))  # [T]
-    errors = error_parts(actor, hidden_TH, target_T, config.rollout.temperature)
-    return losses.couplings(hidden_TH.float(), errors, row_T.to(actor.device)).double().cpu()  # [R, R]
-
-
-def error_parts(
-    actor: Actor, hidden_TH: torch.Tensor, target_T: torch.Tensor, temperature: float
-) -> Iterator[torch.Tensor]:
-    """One-hot of each token minus the policy's probabilities, over the whole vocabulary, in parts [T, some tokens]."""
-    parts = actor.inner.get_output_embeddings().weight.split(VOCABULARY_PART)
-
-    def logits(weight_CH: torch.Tensor) -> torch.Tensor:
-        with actor.autocast():
-            return torch.nn.functional.linear(hidden_TH, weight_CH).float() / temperature  # [T, C]
-
-    total_T = torch.stack([logits(weight_CH).logsumexp(-1) for weight_CH in parts]).logsumexp(0)  # [T]
-    first = 0
-    for weight_CH in parts:
-        own_TC = target_T[:, None] == torch.arange(first, first + len(weight_CH), device=target_T.device)  # [T, C]
-        yield own_TC.float() - (logits(weight_CH) - total_T[:, None]).exp()
-        first += len(weight_CH)
 
 
 def held_out_judge(engine: Engine, panel: Sequence[judge.Question], config: Config) -> dict:

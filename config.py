@@ -283,6 +283,9 @@ class TrainConfig:
     keep_checkpoints: int = 2  # older ones are deleted; the last one is always kept
     eval_every: int = 0  # iterations between evaluations on eval.levels; 0: only evaluate.py evaluates
     episodes_every: int = 1  # iterations between dumps of all episodes
+    coupling_every: int = 1  # iterations between looks at how rows' gradients are coupled (telemetry.py); 0: never
+    coupling_rows: int = 48  # rows looked at, over all ranks: a third good, a third flawed, a third any
+    wandb: str = ""  # a project of Weights & Biases that is shown the metrics, too; empty: none
 
 
 @dataclass(frozen=True)
@@ -406,6 +409,7 @@ def check(config: Config) -> None:
         "train.timeout_minutes": config.train.timeout_minutes,
         "train.checkpoint_every": config.train.checkpoint_every,
         "train.episodes_every": config.train.episodes_every,
+        "train.coupling_rows": config.train.coupling_rows,
         "sft.episodes": config.sft.episodes,
         "sft.epochs": config.sft.epochs,
         "sft.rows_per_update": config.sft.rows_per_update,
@@ -424,6 +428,7 @@ def check(config: Config) -> None:
         "train.lr": config.train.lr,
         "train.critic_lr": config.train.critic_lr,
         "train.eval_every": config.train.eval_every,
+        "train.coupling_every": config.train.coupling_every,
         "train.max_bad_steps": config.train.max_bad_steps,
         "sft.lr": config.sft.lr,
         "guidelines.every": config.guidelines.every,

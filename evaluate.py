@@ -21,7 +21,7 @@ import json
 import math
 import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -38,6 +38,7 @@ from config import Config, ConfigError
 from model import load_actor
 from ranks import gather, join_ranks
 from rollout import Engine, Episode, collect, make_engine
+from telemetry import repeats
 
 EVALUATION = -1  # takes the iteration's place in sampling seeds, so they differ from training's
 
@@ -142,11 +143,9 @@ def summarise(episodes: Sequence[Episode]) -> dict:
     """Success with its interval, overall, per task type and per seed; steps, invalid and repeated actions."""
     steps = [step for episode in episodes for step in episode.steps]
     by_type, by_seed = defaultdict(list), defaultdict(list)
-    repeats = 0
     for episode in episodes:
         by_type[episode.task.type].append(episode)
         by_seed[episode.member].append(episode.won)
-        repeats += sum(count - 1 for count in Counter((s.observation, s.action) for s in episode.steps).values())
     return {
         **rate(episodes),
         "types": {name: rate(played) for name, played in sorted(by_type.items())},
@@ -159,7 +158,7 @@ def summarise(episodes: Sequence[Episode]) -> dict:
         else None,
         "invalid": float(np.mean([not step.valid for step in steps])),
         "unavailable": float(np.mean([not step.available for step in steps])),
-        "repeats": repeats / len(steps),
+        "repeats": sum(sum(repeats(episode)) for episode in episodes) / len(steps),
     }
 
 

@@ -223,6 +223,16 @@ def build_prompt(
     return "".join(parts)
 
 
+def offered(prompt: str) -> str:
+    """The actions that an actor's prompt offers, as it lists them; empty for another prompt."""
+    for _, _, closing in ACTOR.values():
+        header, _, _ = closing.partition("{actions}")
+        _, found, rest = prompt.rpartition(header)
+        if found:
+            return rest.partition("\nNow it's your turn")[0]
+    return ""
+
+
 def recall(replies: Sequence[Reply], texts: Sequence[str], style: str) -> dict[str, Any]:
     """What build_prompt shows of an episode's replies so far in this style: the latest plan, the latest texts."""
     if style != "rlvmr":

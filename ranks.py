@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import MethodType
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from config import Config, ConfigError
 
@@ -69,6 +70,12 @@ def gather(items: list) -> list:
 def total(records: Sequence[dict[str, float]]) -> dict[str, float]:
     """Sums by key."""
     return {key: sum(record.get(key, 0) for record in records) for key in sorted({key for r in records for key in r})}
+
+
+def progress(items: Iterable | None = None, **how: Any) -> tqdm:
+    """A progress bar on the first rank's terminal, gone when done; nothing where there is none."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    return tqdm(items, disable=None if first else True, leave=False, mininterval=1, dynamic_ncols=True, **how)
 
 
 class Stop:

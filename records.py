@@ -6,12 +6,13 @@ written by rank 0 and whole: a killed run loses at most the iteration under way.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from torch.utils.tensorboard import SummaryWriter
 import config as configuration
 from config import Config, ConfigError
 from model import Actor, Row, point_latest, save_model, shards
-from ranks import is_sharded
+from ranks import is_sharded, progress
 from rollout import Episode
+from telemetry import repeat_metrics
 
 # When a run goes on: what does not change the training, or is the cure of what ended it. The number of iterations only
 # where the learning rate does not hang on it.
@@ -37,6 +39,9 @@ FREE_TO_CHANGE = {
     "train.timeout_minutes",
     "train.max_bad_steps",
     "train.eval_every",
+    "train.coupling_every",
+    "train.coupling_rows",
+    "train.wandb",
     "eval",
     "env.machines",
     "env.machine_heap_mib",
@@ -54,6 +59,7 @@ CURES = {
     "collect": "rollout.gpu_memory_utilization",
     "judge": "rollout.gpu_memory_utilization",
     "score": "train.tokens_per_micro_batch",
+    "telemetry": "train.coupling_rows",
     "update": "train.tokens_per_micro_batch (or set model.gradient_checkpointing=true, train.optimizer=adamw8bit)",
     "sync": "rollout.gpu_memory_utilization",
     "evaluate": "rollout.gpu_memory_utilization",
@@ -88,6 +94,23 @@ class Clock:
         return record
 
 
+@contextmanager
+def episode_bar(total: int) -> Iterator[Callable[[Episode], None]]:
+    """What to call with each episode that ends: a bar with the success rate and sampled tokens per second so far."""
+    won = tokens = 0
+    began = time.monotonic()
+    with progress(total=total, desc="collect", unit=" episodes") as bar:
+
+        def ended(episode: Episode) -> None:
+            nonlocal won, tokens
+            won, tokens = won + episode.won, tokens + sum(len(step.response_ids) for step in episode.steps)
+            bar.update()
+            rate = tokens / (time.monotonic() - began)
+            bar.set_postfix_str(f"success {won / bar.n:.2f}, {rate:,.0f} tokens/s" if bar.n else "", refresh=False)
+
+        yield ended
+
+
 def rollout_metrics(episodes: Sequence[Episode], counts: dict[str, int]) -> dict[str, float]:
     """What the collected episodes show; `counts` are collect()'s and label_episodes()'s.
 
@@ -97,10 +120,6 @@ def rollout_metrics(episodes: Sequence[Episode], counts: dict[str, int]) -> dict
         raise RuntimeError(f"no episode was collected: {dict(counts)}; the warnings above say why")
     steps = [step for episode in episodes for step in episode.steps]
     actions = Counter(step.action for step in steps)
-    repeats = 0
-    for episode in episodes:
-        seen = Counter((step.observation, step.action) for step in episode.steps)
-        repeats += sum(count - 1 for count in seen.values())
     return {
         "rollout/episodes": len(episodes),
         "rollout/success": float(np.mean([episode.won for episode in episodes])),
@@ -110,7 +129,7 @@ def rollout_metrics(episodes: Sequence[Episode], counts: dict[str, int]) -> dict
         "rollout/steps_per_episode": len(steps) / len(episodes),
         "rollout/invalid": float(np.mean([not step.valid for step in steps])),
         "rollout/unavailable": float(np.mean([not step.available for step in steps])),
-        "rollout/repeats": repeats / len(steps),
+        **repeat_metrics(episodes),
         "rollout/top_action_share": actions.most_common(1)[0][1] / len(steps),
         "rollout/prompt_tokens": float(np.mean([len(step.prompt_ids) for step in steps])),
         "rollout/response_tokens": float(np.mean([len(step.response_ids) for step in steps])),
@@ -157,12 +176,26 @@ class Log:
         rewritten.replace(self.metrics)
         (self.folder / "episodes").mkdir(exist_ok=True)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
+        self.wandb = None
+        if config.train.wandb:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=config.train.wandb,
+                name=config.name,
+                id=hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16],  # the same after a resume
+                resume="allow",
+                dir=self.folder,
+                config=configuration.to_dict(config),
+            )
 
     def write(self, iteration: int, metrics: dict, episodes: list[Episode], questions: list, rules: list[str]) -> None:
         with self.metrics.open("a") as file:
             file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
         for key, value in metrics.items():
             self.board.add_scalar(key, value, iteration)
+        if self.wandb:
+            self.wandb.log(metrics, step=iteration)
         if iteration % self.config.train.episodes_every == 0:
             asked = [
                 {

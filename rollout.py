@@ -33,6 +33,7 @@ import prompts
 from config import Config, ConfigError
 from envs import Observation, Task
 from model import Actor, Row, all_logprobs, named_weights
+from ranks import progress
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,11 @@ class Engine:
         if self.leads:
             for index, (ids, how) in enumerate(zip(prompt_ids, sampling, strict=True)):
                 self.submit(str(index), ids, how)
-            while len(done) < len(prompt_ids):
-                done |= dict(self.poll())
+            with progress(total=len(prompt_ids), desc="generate", unit=" replies") as bar:
+                while len(done) < len(prompt_ids):
+                    fresh = dict(self.poll())
+                    done |= fresh
+                    bar.update(len(fresh))
             self.release()
         else:
             done = self.follow()

@@ -155,6 +155,8 @@ def add_critic(rows: Sequence[Row], config: Config) -> None:
     that count nowhere are left as they are.
     """
     algo = config.algo
+    if algo.advantage != "ppo":
+        return
     acted = [row for row in rows if not row.judge and row.counted]
     lengths = torch.tensor([len(row.response_ids) for row in acted])
     row_T = torch.arange(len(acted)).repeat_interleave(lengths)  # [T]

@@ -37,6 +37,7 @@ import judge
 import losses
 import memory
 import prompts
+import telemetry
 from config import Config, ConfigError
 from evaluate import evaluate_levels
 from model import (
@@ -57,11 +58,12 @@ from model import (
     token_logprobs,
     token_values,
 )
-from ranks import Stop, aligned, gather, gathered, join_ranks, make_optimizer, step, total
+from ranks import Stop, aligned, gather, gathered, join_ranks, make_optimizer, progress, step, total
 from records import (
     Clock,
     Log,
     critic_folder,
+    episode_bar,
     find_checkpoint,
     rollout_metrics,
     row_metrics,
@@ -97,8 +99,7 @@ def train(config: Config) -> None:
     start, progress = state.get("iteration", 0), state.get("progress") or {"advice": [], "rules": first_rules(config)}
     teacher = judge.make_endpoint(config, world, progress.get("teacher"))
     engine = make_engine(config, actor)
-    episodes_here = config.rollout.groups // engine.players * config.rollout.group_size
-    pool = [envs.make_env(config.env) for _ in range(min(config.rollout.concurrency, episodes_here))]
+    pool = make_pool(engine, config)
     log, stop, saved = Log(config, start) if rank == 0 else None, Stop(), start
 
     for iteration in range(start, config.train.iterations):
@@ -107,7 +108,7 @@ def train(config: Config) -> None:
         # ---- Collect: this engine's share of the iteration's games, which are the same for every number of engines
         tasks = own_tasks(engine, train_tasks, config, iteration)
         how = dict(iteration=iteration, suggestions=progress["rules"], counts=counts, stopped=lambda: stop.asked)
-        with clock("collect"):
+        with clock("collect"), episode_bar(len(tasks) * config.rollout.group_size) as how["on_episode"]:
             episodes, passed_over = collect_groups(engine, pool, tasks, train_tasks, config, how)
         if stop.agreed():
             break
@@ -125,11 +126,12 @@ def train(config: Config) -> None:
         engine.sleep()
         with clock("score"):
             score(actor, reference, critic, rows, config)
+        with clock("telemetry"):
+            observed = telemetry.observe(actor, episodes, rows, config, iteration)
         rows, questions, episodes = gather(rows), gather(questions), gather(episodes + passed_over)
-        metrics = rollout_metrics(episodes, total(gather([counts])))
+        metrics = rollout_metrics(episodes, total(gather([counts]))) | observed
         metrics |= judge.judge_metrics(questions) if config.judge.enabled else {}
-        if critic:
-            add_critic(rows, config)
+        add_critic(rows, config)
         metrics |= row_metrics(rows, config)
 
         # ---- Update: L = L_GRPO + judge.weight L_GCD
@@ -227,6 +229,8 @@ def preflight(config: Config, world: int) -> list[envs.Task]:
     memory.check_disk(config)
     if (config.model.tune == "qlora" or config.train.optimizer == "adamw8bit") and not find_spec("bitsandbytes"):
         raise ConfigError("model.tune=qlora and train.optimizer=adamw8bit need bitsandbytes: pip install bitsandbytes")
+    if config.train.wandb and not find_spec("wandb"):
+        raise ConfigError("train.wandb names a project of Weights & Biases: pip install wandb, or leave it empty")
     if config.rollout.engine == "transformers" and shards(config):
         raise ConfigError("rollout.engine=transformers samples with the trainer's weights: set model.shard=never")
     if config.judge.enabled and config.judge.teacher == "openai":
@@ -250,6 +254,12 @@ def sample_tasks(tasks: Sequence[envs.Task], config: Config, iteration: int) -> 
         order = random.Random(f"tasks {config.seed} {lap}").sample(range(len(tasks)), len(tasks))
         picked.append(tasks[order[place]])
     return picked
+
+
+def make_pool(engine: Engine, config: Config) -> list:
+    """As many environments as this rank plays in at once."""
+    episodes = config.rollout.groups // engine.players * config.rollout.group_size
+    return [envs.make_env(config.env) for _ in range(min(config.rollout.concurrency, episodes))]
 
 
 def own_tasks(engine: Engine, train_tasks: Sequence[envs.Task], config: Config, iteration: int) -> dict[int, envs.Task]:
@@ -378,7 +388,7 @@ def update(
     gaps: list[np.ndarray] = []  # of engine to trainer, where the trainer has not scored the old policy
     sums: dict[str, float] = defaultdict(float)
     actor.model.train()  # no dropout (load_actor sees to it), but gradient checkpointing works in this mode alone
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(progress(batches, desc="update", unit=" steps")):
         totals = denominators(batch)
         own = [row for row in batch[rank] if has_gradient(row, config)]
         for group in aligned(micro_batches(own, train.tokens_per_micro_batch, packed), actor.model):
@@ -525,7 +535,7 @@ def update_critic(
     batches = mini_batches(rows, config, iteration, world)
     sums: dict[str, float] = defaultdict(float)
     critic.model.train()
-    for batch in batches:
+    for batch in progress(batches, desc="update critic", unit=" steps"):
         tokens = sum(len(row.returns) for share in batch for row in share if row.returns is not None)
         own = [row for row in batch[rank] if row.returns is not None]
         for group in aligned(micro_batches(own, config.train.tokens_per_micro_batch, critic.packed), critic.model):

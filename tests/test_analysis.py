@@ -12,6 +12,7 @@ import analysis
 import judge
 import model
 import prompts
+import telemetry
 from config import Config, ConfigError
 from model import Row, load_actor
 from rollout import Step
@@ -19,7 +20,7 @@ from rollout import Step
 
 def test_influences_are_inner_products_of_gradients(small_games, tmp_path, monkeypatch):
     """The padded micro-batches, the temperature and the vocabulary in parts give what autograd gives row by row."""
-    monkeypatch.setattr(analysis, "VOCABULARY_PART", 300)
+    monkeypatch.setattr(telemetry, "VOCABULARY_PART", 300)
     config = tiny.rl_config(small_games, "train.tokens_per_micro_batch=400")
     actor = load_actor(config)
     texts = [
@@ -36,7 +37,7 @@ def test_influences_are_inner_products_of_gradients(small_games, tmp_path, monke
         logp = logits_TV.log_softmax(-1).gather(1, target_T[:, None]).sum()
         gradients.append(torch.autograd.grad(logp, weight)[0].flatten() * config.rollout.temperature)
     expected = torch.stack([torch.stack([one @ other for other in gradients]) for one in gradients])
-    torch.testing.assert_close(analysis.influences(actor, rows, config), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(telemetry.influences(actor, rows, config), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_interval_by_games():
