@@ -1,28 +1,27 @@
 """The paper's figures, from runs' files and checkpoints: a picture and its numbers as JSON, with intervals.
 
-    python analysis.py runs/quickstart runs/quickstart_plain --figures 8 judge --out figures
+    python analysis.py runs/quickstart runs/quickstart_plain --figures 1 2 3a 3b 5 7 8 9 10a 10b 11 judge --out figures
 
-  8      coupling of gradients: influence between actions of one class minus that between classes (paper, equation 2)
-  judge  balanced accuracy of the actor as judge of actions, on games held out from training
+  1    consistency of repeated actions        7    success of runs side by side      10a  steps per episode
+  2    repeats in won and lost episodes       8    gap of gradient coupling          10b  drift of layers
+  3a   likeness of hidden states              9    tokens that are alike             11   learning curves, Table 4
+  3b   influence of one step on others        judge  the actor as judge of held-out steps
+  5    consistency of good and flawed actions
 
-Runs that started from the same model are compared on one panel of actions: that model plays --games games of L0's
-evaluation list once, at the training temperature and without guidelines; its steps are labelled by the paper's rules
-and, where these say nothing, by the environment's expert; half of the --steps drawn are good.  The start and every
-checkpoint that the runs have kept are measured on that panel, as judges on steps of their own, too.  Intervals are 95 %
-bootstraps over games.  Runs of one method that differ by their seed are averaged in the last table.
-
-Decisions where the paper is silent: influences are those of the output layer, at the training temperature; beside the
-gap by tokens ("mean_src") stands its cosine, because the former grows with the norm of the hidden states alone.
+2, 7 and 11 read the runs' files.  The others measure the model that a run started from and every checkpoint that it has
+kept: each plays --games games of --level's evaluation list twice, at the training temperature and without guidelines.
+Runs that started from the same model share its episodes as panel.  Where steps need labels, the paper's rules give
+them, and --teacher where these say nothing (Figure 5: --teacher alone); half of the --steps drawn are good.  10b
+compares the last model of each run with that of the first.  Intervals are 95 % bootstraps over games.  behaviour.py and
+geometry.py say what is measured, and what of that the paper leaves open; theory.py draws Figure 4.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
-import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,21 +33,17 @@ import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
-import torch
 from matplotlib import pyplot
 from tqdm import tqdm
 
-import envs
-import judge
-import losses
+import behaviour
+import geometry
+import teacher
+from behaviour import Numbers, Subject
 from config import Config, ConfigError
-from evaluate import EVALUATION
-from model import Row, load_actor
+from model import load_actor
 from ranks import join_ranks
-from rollout import Engine, collect, make_engine, sync
-from telemetry import influences
-
-RESAMPLES = 1000
+from rollout import Engine, Episode, make_engine, sync
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,19 @@ class Snapshot:
     folder: str
 
 
+@dataclass(frozen=True)
+class Figure:
+    """How a figure is measured, what is shown of its numbers, and how it is drawn."""
+
+    title: str
+    measure: Callable[..., Numbers]  # of a Subject, or of a run's folder
+    shown: tuple[str, ...]
+    draw: Callable[[Sequence[Numbers], Figure, Path], None]
+    level: float | None = None  # of a dashed line: what a model without the skill would get
+    needs: str = ""  # a run's file, where no model is measured
+    finish: Callable[[Sequence[Numbers]], None] = lambda records: None  # once all are measured
+
+
 def main() -> None:
     """The command line."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,37 +77,87 @@ def main() -> None:
     command.add_argument("--figures", nargs="+", choices=FIGURES, required=True)
     command.add_argument("--games", type=int, default=100, help="of each panel (default: %(default)s)")
     command.add_argument("--steps", type=int, default=200, help="of each panel (default: %(default)s)")
+    command.add_argument("--level", choices=("L0", "L1", "L2"), default="L0", help="whose games are played")
+    command.add_argument("--teacher", choices=("expert", "openai"), default="expert", help="who labels open steps")
+    command.add_argument("--questions", type=Path, help="JSONL with a field 'question', for Figure 3a: GSM8K, say")
     command.add_argument("--out", type=Path, default=Path("figures"), help="folder (default: %(default)s)")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
     arguments = command.parse_args()
     configs = {run: load_run(run, arguments.set) for run in arguments.runs}
-    shots = [shot for run in configs for shot in snapshots(run, configs[run])]
-    config = for_panels(configs.values(), arguments.games, arguments.steps)
+    config = for_panels(configs.values(), arguments.games, arguments.steps, arguments.teacher)
+    chosen = {name: FIGURES[name] for name in arguments.figures}
+    for figure in chosen.values():
+        check_files(figure, arguments.runs)
+    questions = read_questions(arguments.questions) if arguments.questions else ()
+    if arguments.teacher == "openai":
+        teacher.check_key(config.judge)
+    found = of_files({name: figure for name, figure in chosen.items() if figure.needs}, configs)
+    if modelled := {name: figure for name, figure in chosen.items() if not figure.needs}:
+        shots = [shot for run in configs for shot in snapshots(run, configs[run])]
+        found |= of_models(modelled, shots, config, arguments.level, questions)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, figure in chosen.items():
+        figure.finish(found[name])
+        path = arguments.out / f"figure_{name}.json"
+        record = {"title": figure.title, "config": configuration.to_dict(config), "level": arguments.level}
+        path.write_text(json.dumps(record | {"checkpoints": _without_nan(found[name])}, indent=1))
+        figure.draw(found[name], figure, path.with_suffix(".png"))
+        print(f"{table(found[name], figure)}\n{path.with_suffix('.png')}\n", flush=True)
+
+
+def of_files(figures: dict[str, Figure], configs: dict[Path, Config]) -> dict[str, list[Numbers]]:
+    """The numbers of figures that are in the runs' files: a record per run."""
+    return {
+        name: [{"run": run.name, "method": method_of(cfg)} | figure.measure(run) for run, cfg in configs.items()]
+        for name, figure in figures.items()
+    }
+
+
+def of_models(
+    figures: dict[str, Figure], shots: Sequence[Snapshot], config: Config, level: str, questions: tuple[str, ...]
+) -> dict[str, list[Numbers]]:
+    """The numbers of figures of models: a record per snapshot. Each distinct model plays, then each is measured."""
     join_ranks(config)
     engine: Engine | None = None
-    panels: dict[str, list[judge.Question]] = {}
-    measured: dict[tuple[str, str], dict] = {}  # figure, model
-    found: dict[str, list[dict]] = {figure: [] for figure in arguments.figures}
-    for shot in tqdm(shots, unit=" checkpoints"):
-        actor = load_actor(config, path=shot.folder, train=False)
-        if engine is None:
-            engine = make_engine(config, actor)
-        engine.actor = actor
-        sync(engine, actor)
-        if shot.start not in panels:  # a run's first snapshot is its start
-            panels[shot.start] = play_panel(engine, config)
-        for figure in arguments.figures:
-            key = (figure, shot.folder)  # runs may share their start
+
+    def load(folder: str) -> Engine:
+        actor = load_actor(config, path=folder, train=False)
+        loaded = engine or make_engine(config, actor)
+        loaded.actor = actor
+        sync(loaded, actor)
+        return loaded
+
+    folders = list(dict.fromkeys(shot.folder for shot in shots))  # runs may share their start
+    played: dict[str, list[Episode]] = {}
+    for folder in tqdm(folders, desc="play", unit=" models"):
+        engine = load(folder)
+        played[folder] = behaviour.play(engine, config, level)
+    reference = [shot for shot in shots if shot.run == shots[0].run][-1].folder
+    measured: dict[tuple[str, str, str], Numbers] = {}
+    found: dict[str, list[Numbers]] = {name: [] for name in figures}
+    panels = {start: behaviour.labelled_panel(played[start], config) for start in {shot.start for shot in shots}}
+    for shot in tqdm(shots, desc="measure", unit=" checkpoints"):
+        own = [other for other in shots if other.run == shot.run]
+        halfway = own[len(own) // 2].folder
+        engine = load(shot.folder)
+        subject = Subject(
+            engine,
+            config,
+            played[shot.folder],
+            played[shot.start],
+            played[halfway],
+            panels[shot.start],
+            shot.folder,
+            reference,
+            questions,
+        )
+        for name, figure in tqdm(figures.items(), desc=f"{shot.run} {shot.iteration}", unit=" figures", leave=False):
+            key = (name, shot.folder, halfway)
             if key not in measured:
-                measured[key] = FIGURES[figure].measure(engine, panels[shot.start], config)
-            found[figure].append(dataclasses.asdict(shot) | measured[key])
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for figure, records in found.items():
-        path = arguments.out / f"figure_{figure}.json"
-        path.write_text(json.dumps({"config": configuration.to_dict(config), "checkpoints": records}, indent=1))
-        draw(records, FIGURES[figure], path.with_suffix(".png"))
-        print(f"{table(records, FIGURES[figure])}\n{path.with_suffix('.png')}\n", flush=True)
+                measured[key] = figure.measure(subject)
+            found[name].append(dataclasses.asdict(shot) | measured[key])
     engine.close()
+    return found
 
 
 def load_run(run: Path, overrides: Sequence[str]) -> Config:
@@ -109,170 +167,335 @@ def load_run(run: Path, overrides: Sequence[str]) -> Config:
     return configuration.load(run / "config.yaml", overrides)
 
 
-def for_panels(configs: Iterable[Config], games: int, steps: int) -> Config:
+def check_files(figure: Figure, runs: Sequence[Path]) -> None:
+    """Raises ConfigError where a run lacks what the figure is made from, with what would make it."""
+    cures = {"eval.json": "python evaluate.py --ckpt {run}/checkpoints/latest", "metrics.jsonl": "train_rl.py"}
+    for run in runs if figure.needs else ():
+        if not any(run.glob(figure.needs)):
+            cure = cures.get(figure.needs, "train.episodes_every").format(run=run)
+            raise ConfigError(f"{figure.title}: {run} has no {figure.needs}, which {cure} writes")
+
+
+def read_questions(path: Path) -> tuple[str, ...]:
+    """The questions of a JSONL file. Raises ConfigError if a line has none."""
+    try:
+        return tuple(str(json.loads(line)["question"]) for line in path.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--questions {path}: every line must be an object with a field 'question' ({error})"
+        ) from None
+
+
+def for_panels(configs: Iterable[Config], games: int, steps: int, labels: str = "expert") -> Config:
     """The settings that all runs are measured with: the first one's that was trained with GCD, else the first one's."""
     configs = list(configs)
     config = next((config for config in configs if config.judge.enabled), configs[0])
-    asking = dataclasses.replace(config.judge, enabled=True, teacher="expert", questions=steps)
+    asking = dataclasses.replace(config.judge, enabled=True, teacher=labels, questions=steps)
+    if labels == "openai":  # as the paper labels Figure 5
+        asking = dataclasses.replace(asking, votes=5, agreement="unanimous")
     return dataclasses.replace(config, judge=asking, eval=dataclasses.replace(config.eval, games=games))
 
 
+def method_of(config: Config) -> str:
+    """How a run is called in a legend."""
+    parts = [config.algo.advantage, " with NTHR" * config.algo.nthr, " with GCD" * config.judge.enabled]
+    return "".join(parts)
+
+
 def snapshots(run: Path, config: Config) -> list[Snapshot]:
-    """The start of a run, then its checkpoints. Raises ConfigError if it has none."""
+    """The start of a run, then its checkpoints; of a cold start its end. Raises ConfigError if it has none."""
     folders = sorted(path for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+    folders = folders or [path for path in [run / "checkpoints" / "final"] if path.is_dir()]
     if not folders:
-        raise ConfigError(f"{run} has no checkpoints of iterations: give the folder of a run of train_rl.py")
-    method = config.algo.advantage + (" with GCD" if config.judge.enabled else "")
+        raise ConfigError(f"{run} has no checkpoints: give the folder of a run of train_rl.py or train_sft.py")
     start = str(Path(config.model.path).resolve()) if Path(config.model.path).exists() else config.model.path
-    stages = [(0, start), *((int(folder.name), str(folder)) for folder in folders)]
-    return [Snapshot(run.name, method, start, iteration, folder) for iteration, folder in stages]
+    stages = [(int(folder.name) if folder.name.isdigit() else 1, str(folder)) for folder in folders]
+    if config.model.path != "tiny":
+        stages.insert(0, (0, start))
+    return [Snapshot(run.name, method_of(config), stages[0][1], iteration, folder) for iteration, folder in stages]
 
 
-def play_panel(engine: Engine, config: Config) -> list[judge.Question]:
-    """Labelled steps of held-out games, half of them good, not yet judged; a question's group is its game."""
-    tasks = envs.tasks(config.env, "L0", "eval")
-    tasks = random.Random(0).sample(tasks, min(config.eval.games, len(tasks)))
-    pool = [envs.make_env(config.env) for _ in range(min(config.rollout.concurrency, len(tasks)))]
-    episodes = collect(engine, pool, tasks, config, iteration=EVALUATION, members=1)
-    # the teacher sees as many steps per episode as in training, so that the mix of labels is that which is trained on
-    shown = config.judge.teacher_steps * len(episodes) // (config.rollout.groups * config.rollout.group_size)
-    judge.label_episodes(episodes, config, random.Random(0), budget=shown)
-    return judge.pick(episodes, config.judge.questions, random.Random(0))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measurements: numbers of one model on a panel, each as [estimate, low, high]
-
-
-def coupling_gaps(engine: Engine, panel: Sequence[judge.Question], config: Config) -> dict:
-    """Figure 8: the gap over all pairs, within games and between them, as cosine and by the source's tokens."""
-    rows = [Row(np.array(one.step.prompt_ids), np.array(one.step.response_ids)) for one in panel]
-    influence_RR = influences(engine.actor, rows, config)  # [R, R]
-    length_R = torch.tensor([len(row.response_ids) for row in rows], dtype=torch.float64)  # [R]
-    label_R, game_R = (torch.tensor(one) for one in zip(*((q.step.label, q.group) for q in panel), strict=True))  # [R]
-    within_RR = game_R[:, None] == game_R  # [R, R]
-    pairs = {"": torch.ones_like(within_RR), " within games": within_RR, " between games": ~within_RR}  # [R, R] each
-    numbers: dict = {"steps": len(panel)}
-    for how in ("cos", "mean_src"):
-        for where, counted_RR in pairs.items():
-
-            def gap(times_R: np.ndarray, how: str = how, counted_RR: torch.Tensor = counted_RR) -> float:
-                times = torch.from_numpy(times_R).double()  # [R]
-                weight_RR = times[:, None] * torch.where(within_RR, 1, times)  # [R, R] no pair of a game and its copy
-                return losses.coupling_gap(influence_RR, length_R, label_R, how, weight_RR * counted_RR)
-
-            numbers[how + where] = interval(gap, game_R.numpy())
-    return numbers
-
-
-def held_out_judge(engine: Engine, panel: Sequence[judge.Question], config: Config) -> dict:
-    """How well the actor judges the panel's steps, and its own of the same games. Chance is 0.5."""
-    return accuracies(engine, panel, config) | accuracies(engine, play_panel(engine, config), config, " on own steps")
-
-
-def accuracies(engine: Engine, steps: Sequence[judge.Question], config: Config, name: str = "") -> dict:
-    """Balanced accuracy, and that by class; an answer without a verdict is wrong."""
-    asked = [dataclasses.replace(step, answers=[], critiques=[]) for step in steps]
-    judge.ask(engine, asked, config, EVALUATION)
-    answered = [question for question in asked if question.answers]
-    right_Q = np.array([np.mean([answer.reward for answer in question.answers]) for question in answered])  # [Q]
-    label_Q = np.array([question.step.label for question in answered])  # [Q]
-    games_Q = np.array([question.group for question in answered])  # [Q]
-
-    def accuracy(times_Q: np.ndarray, classes: Sequence[int]) -> float:
-        own = [times_Q * (label_Q == cls) for cls in classes]  # [Q] each
-        return float(np.mean([(right_Q * own_Q).sum() / own_Q.sum() for own_Q in own]))
-
-    classes = {"balanced accuracy": (0, 1), "accuracy of good": (1,), "accuracy of flawed": (0,)}
-    numbers = {
-        key + name: interval(functools.partial(accuracy, classes=chosen), games_Q) for key, chosen in classes.items()
-    }
-    return {f"steps{name}": len(answered), f"too long{name}": len(asked) - len(answered)} | numbers
-
-
-def interval(statistic: Callable[[np.ndarray], float], games: np.ndarray) -> list[float]:
-    """[estimate, low, high]: 95 % of bootstrap resamples of the games. `statistic` takes how often each item counts.
-
-    A resample without items of a class, for which it is nan, is left out.
-    """
-    rng = np.random.default_rng(0)
-    _, game = np.unique(games, return_inverse=True)
-    count = int(game.max()) + 1
-    draws = [np.bincount(rng.integers(count, size=count), minlength=count)[game] for _ in range(RESAMPLES)]
-    with np.errstate(invalid="ignore"):
-        values = [value for draw in draws if not math.isnan(value := statistic(draw))]
-        estimate = statistic(np.ones(len(game), dtype=int))
-    low, high = np.percentile(values, [2.5, 97.5]) if values else (math.nan, math.nan)
-    return [estimate, float(low), float(high)]
+def _without_nan(value: object) -> object:
+    """The same with null for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _without_nan(one) for key, one in value.items()}
+    return [_without_nan(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures and tables
+# Pictures
 
 
-@dataclass(frozen=True)
-class Figure:
-    """How a figure is measured, and which of its numbers are shown."""
-
-    title: str
-    measure: Callable[[Engine, Sequence[judge.Question], Config], dict]
-    shown: tuple[str, ...]
-    level: float  # of the dashed line: what a model without the skill would get
-
-
-FIGURES = {
-    "8": Figure("Coupling gap (Figure 8)", coupling_gaps, ("cos", "mean_src"), 0.0),
-    "judge": Figure(
-        "Judging held-out steps", held_out_judge, ("balanced accuracy", "balanced accuracy on own steps"), 0.5
-    ),
-}
-
-
-def draw(records: Sequence[dict], figure: Figure, path: Path) -> None:
+def curves(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
     """Every shown number against iterations, a line with its interval per run; a colour per method."""
-    methods = sorted({record["method"] for record in records})
-    fig, axes = pyplot.subplots(1, len(figure.shown), figsize=(4.2 * len(figure.shown), 3.6), squeeze=False)
-    for axis, name in zip(axes[0], figure.shown, strict=True):
-        for number, run in enumerate(dict.fromkeys(record["run"] for record in records)):
-            own = [record for record in records if record["run"] == run]
+    fig, axes = panels(len(figure.shown))
+    colours = _colours(records)
+    for axis, name in zip(axes, figure.shown, strict=True):
+        for number, own in enumerate(_by_run(records).values()):
             middle, low, high = np.array([record[name] for record in own]).T
-            colour = f"C{methods.index(own[0]['method'])}"
-            at = [record["iteration"] for record in own]
-            _, known = axis.get_legend_handles_labels()
-            label = own[0]["method"] if own[0]["method"] not in known else f"_{run}"
-            shift = 0.08 * number  # so that intervals stand side by side
-            errors = [middle - low, high - middle]
-            axis.errorbar(
-                np.array(at) + shift,
-                middle,
-                yerr=errors,
-                color=colour,
-                label=label,
-                capsize=2,
-                marker="o",
-                markersize=3,
-            )
-        axis.axhline(figure.level, color="grey", linestyle="--", linewidth=1)
+            at = (
+                np.array([record["iteration"] for record in own]) + 0.08 * number
+            )  # so that intervals stand side by side
+            errors = np.nan_to_num([middle - low, high - middle])
+            label = _once(axis, own[0]["method"])
+            look = {"capsize": 2, "marker": "o", "markersize": 3}
+            axis.errorbar(at, middle, yerr=errors, color=colours[own[0]["method"]], label=label, **look)
+        if figure.level is not None:
+            axis.axhline(figure.level, color="grey", linestyle="--", linewidth=1)
         axis.set(xlabel="iteration", title=name)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, fontsize=8)
+    _save(fig, figure, path)
+
+
+def panels(number: int, width: float = 4.2, height: float = 3.6) -> tuple[pyplot.Figure, list[pyplot.Axes]]:
+    """A figure with so many axes side by side, three in a row."""
+    columns = min(number, 3)
+    lines = -(-number // columns)
+    fig, axes = pyplot.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
+    for spare in axes.flat[number:]:
+        spare.set_visible(False)
+    return fig, list(axes.flat[:number])
+
+
+def _by_run(records: Sequence[Numbers]) -> dict[str, list[Numbers]]:
+    runs: dict[str, list[Numbers]] = {}
+    for record in records:
+        runs.setdefault(record["run"], []).append(record)
+    return runs
+
+
+def _colours(records: Sequence[Numbers]) -> dict[str, str]:
+    return {method: f"C{number}" for number, method in enumerate(sorted({record["method"] for record in records}))}
+
+
+def _once(axis: pyplot.Axes, label: str) -> str:
+    """The label, if the legend does not have it yet."""
+    return label if label not in axis.get_legend_handles_labels()[1] else f"_{label}"
+
+
+def _save(fig: pyplot.Figure, figure: Figure, path: Path) -> None:
     fig.suptitle(figure.title)
     fig.tight_layout()
     fig.savefig(path, dpi=150)
     pyplot.close(fig)
 
 
-def table(records: Sequence[dict], figure: Figure) -> str:
+def won_and_lost(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
+    """Figure 2: each count in won and lost episodes, and the share of repeats by iteration."""
+    fig, axes = panels(len(figure.shown) + 1)
+    for axis, name in zip(axes, figure.shown, strict=False):
+        for offset, kind in ((-0.2, "won"), (0.2, "lost")):
+            middle, low, high = np.array([record[f"{name}, {kind}"] for record in records]).T
+            errors = np.nan_to_num([middle - low, high - middle])
+            axis.bar(np.arange(len(records)) + offset, middle, 0.38, yerr=errors, capsize=2, label=kind)
+        axis.set_xticks(range(len(records)), [record["run"] for record in records], rotation=20, ha="right", fontsize=7)
+        axis.set(title=name.replace("_", " "))
+        axis.legend(frameon=False, fontsize=8)
+    colours = {"won": "C0", "lost": "C1"}
+    for record, style in zip(records, ("-", "--", ":", "-.") * len(records), strict=False):
+        for kind, colour in colours.items():
+            if curve := record[f"curve, {kind}"]:
+                axes[-1].plot(*np.array(curve).T, style, color=colour, linewidth=1, label=f"{record['run']}, {kind}")
+    axes[-1].set(xlabel="iteration", title="state action per step, by iteration")
+    axes[-1].legend(frameon=False, fontsize=6)
+    _save(fig, figure, path)
+
+
+def bars(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
+    """Figure 7: success by level, a bar per run."""
+    levels = [key for key in records[0] if key.startswith("L")]
+    fig, axes = panels(len(levels))
+    for axis, level in zip(axes, levels, strict=True):
+        middle, low, high = np.array([record.get(level, [math.nan] * 3) for record in records]).T
+        axis.bar(range(len(records)), middle, yerr=np.nan_to_num([middle - low, high - middle]), capsize=3)
+        axis.set_xticks(range(len(records)), [record["run"] for record in records], rotation=25, ha="right", fontsize=7)
+        axis.set(title=f"success on {level}", ylim=(0, 1))
+    _save(fig, figure, path)
+
+
+def histograms(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
+    """Figure 3a: the cosines of the last checkpoint of each run, raw and centred."""
+    runs = _by_run(records)
+    fig, axes = panels(2 * len(runs))
+    edges = np.linspace(-1, 1, 51)
+    for row, (run, own) in enumerate(runs.items()):
+        for column, way in enumerate(("raw", "centred")):
+            axis = axes[2 * row + column]
+            for name in ("same episode", "same game", "different games", "different questions"):
+                counts = np.array(own[-1].get(f"{name}, {way}, prompt and response, histogram", []), dtype=float)
+                if counts.sum():
+                    axis.stairs(counts / counts.sum(), edges, fill=True, alpha=0.35, label=name)
+            axis.set(xlabel="cosine of hidden states", title=f"{run}, {way}")
+            axis.legend(frameon=False, fontsize=8)
+    _save(fig, figure, path)
+
+
+def influence_map(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
+    """Figure 3b: the change of log-prob by the kinds of both actions, at the last checkpoint of each run."""
+    lasts = [own[-1] for own in _by_run(records).values()]
+    fig, axes = panels(len(lasts), 5.0, 4.2)
+    for axis, record in zip(axes, lasts, strict=True):
+        cells = record["cells"]
+        down, across = list(cells), sorted({kind for row in cells.values() for kind in row})
+        value = np.array([[cells[a].get(b, [math.nan])[0] for b in across] for a in down])
+        most = np.nanmax(np.abs(value)) or 1.0
+        shown = axis.imshow(value, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        axis.set_xticks(range(len(across)), across, rotation=45, ha="right", fontsize=7)
+        axis.set_yticks(range(len(down)), down, fontsize=7)
+        axis.set(xlabel="action measured", ylabel="action learned from", title=f"{record['run']} {record['iteration']}")
+        fig.colorbar(shown, ax=axis, label="nat per token")
+    _save(fig, figure, path)
+
+
+def alike_tokens(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
+    """Figure 9: shares of positive influence and of tokens by class, and one response, token by token."""
+    lasts = [own[-1] for own in _by_run(records).values()]
+    fig, axes = panels(2 * len(lasts), 6.0, 3.4)
+    for number, record in enumerate(lasts):
+        bar, words = axes[2 * number : 2 * number + 2]
+        for offset, what in ((-0.2, "share of positive influence"), (0.2, "share of tokens")):
+            middle = [record.get(f"{kind}, {what}", [math.nan])[0] for kind in geometry.CLASSES]
+            bar.bar(np.arange(len(middle)) + offset, middle, 0.38, label=what)
+        bar.set_xticks(range(len(geometry.CLASSES)), geometry.CLASSES, rotation=20, ha="right", fontsize=8)
+        bar.set(title=f"{record['run']} {record['iteration']}")
+        bar.legend(frameon=False, fontsize=8)
+        most = max((abs(value) for _, value in record["shown"]), default=1.0) or 1.0
+        line, column = 0, 0
+        for piece, value in record["shown"]:
+            piece = piece.replace("\n", " ").replace("$", r"\$")
+            if column + len(piece) > 52:
+                line, column = line + 1, 0
+            colour = matplotlib.colormaps["RdBu_r"](0.5 + value / most / 2)
+            box = {"facecolor": colour, "edgecolor": "none", "pad": 1}
+            where = {"family": "monospace", "fontsize": 7, "transform": words.transAxes, "clip_on": True}
+            words.text(column / 54, 0.92 - 0.09 * line, piece, bbox=box, **where)
+            column += len(piece)
+        words.set(title="a flawed response: red is pulled up by good ones")
+        words.axis("off")
+    _save(fig, figure, path)
+
+
+def layers(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
+    """Figure 10b: drift from the first run's last model, layer by layer; 0 is the embedding."""
+    fig, axes = panels(4)
+    for axis, name in zip(
+        axes, ("logits, difference", "logits, cosine", "hidden, difference", "hidden, cosine"), strict=True
+    ):
+        for own in _by_run(records).values():
+            axis.plot(own[-1][name], marker="o", markersize=3, label=own[-1]["run"])
+        axis.set(xlabel="layer", title=name)
+        axis.legend(frameon=False, fontsize=7)
+    _save(fig, figure, path)
+
+
+def learning(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
+    """Figure 11: success against iterations, hours, environment steps, and that on evaluation levels; means over the
+    runs of a method, between their lowest and highest."""
+    levels = sorted({key for record in records for key in record if key.startswith("eval/")})
+    axes_of = ("iteration", "hours", "environment steps")
+    fig, axes = panels(len(axes_of) + len(levels))
+    colours = _colours(records)
+    for record in records:
+        for axis, x in zip(axes, axes_of, strict=False):
+            label = _once(axis, record["method"])
+            axis.plot(record[x], record["success"], color=colours[record["method"]], alpha=0.25, linewidth=1)
+            smooth = [np.mean(record["success"][max(0, i - 4) : i + 1]) for i in range(len(record["success"]))]
+            axis.plot(record[x], smooth, color=colours[record["method"]], label=label)
+        for axis, level in zip(axes[len(axes_of) :], levels, strict=True):
+            if level in record:
+                axis.plot(
+                    *np.array(record[level]).T, color=colours[record["method"]], label=_once(axis, record["method"])
+                )
+    for axis, name in zip(axes, (*axes_of, *levels), strict=True):
+        axis.set(xlabel="iteration" if name in levels else name, title=name if name in levels else "training success")
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_title("training success, and its mean over 5 iterations")
+    _save(fig, figure, path)
+
+
+BIN_NAMES = [f"{kind}, {low:.1f} to {min(high, 1.0):.1f}" for kind in ("good", "flawed")
+             for low, high in zip(behaviour.BINS, behaviour.BINS[1:], strict=False)]  # fmt: skip
+FIGURES = {
+    "1": Figure(
+        "Consistency of repeated actions (Figure 1)",
+        behaviour.repeat_consistency,
+        ("own consistency", "own share of high consistency", "panel consistency", "panel share of high consistency"),
+        curves,
+    ),
+    "2": Figure(
+        "Repeated steps in won and lost episodes (Figure 2)",
+        behaviour.repeat_rate,
+        ("state_action per step", "state_action per step, first 10 steps"),
+        won_and_lost,
+        needs="episodes/*.jsonl",
+    ),
+    "3a": Figure(
+        "Likeness of hidden states (Figure 3a)",
+        geometry.embed_sim,
+        ("different games, raw, prompt and response", "different games, centred, prompt and response"),
+        histograms,
+    ),
+    "3b": Figure(
+        "One step's influence on other steps (Figure 3b)",
+        geometry.step_influence,
+        ("same action", "other action"),
+        influence_map,
+    ),
+    "5": Figure(
+        "Consistency of good and flawed actions (Figure 5)",
+        behaviour.consistency_by_label,
+        (*BIN_NAMES, "start panel flawed of high consistency"),
+        curves,
+        finish=behaviour.add_bins,
+    ),
+    "7": Figure("Success of runs side by side (Figure 7)", behaviour.final_success, ("L0",), bars, needs="eval.json"),
+    "8": Figure("Coupling gap (Figure 8)", geometry.coupling_gaps, ("cos", "mean_src"), curves, 0.0),
+    "9": Figure(
+        "Tokens of flawed actions that good ones pull along (Figure 9)",
+        geometry.similar_tokens,
+        ("reasoning, share of positive influence", "object names, share of positive influence"),
+        alike_tokens,
+    ),
+    "10a": Figure(
+        "Steps per episode (Figure 10a)",
+        behaviour.num_actions,
+        ("steps, all episodes", "steps, won episodes"),
+        curves,
+    ),
+    "10b": Figure("Drift of layers (Figure 10b)", geometry.layer_drift, (), layers),
+    "11": Figure("Learning curves (Figure 11, Table 4)", behaviour.learning_curve, (), learning, needs="metrics.jsonl"),
+    "judge": Figure(
+        "Judging held-out steps",
+        behaviour.held_out_judge,
+        ("balanced accuracy", "balanced accuracy on own steps"),
+        curves,
+        0.5,
+    ),
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def table(records: Sequence[Numbers], figure: Figure) -> str:
     """A line per checkpoint: the shown numbers with their intervals; then one per method, its runs' ends averaged."""
+    special = {"2": won_and_lost_table, "11": time_table, "10b": drift_table}
+    name = next(key for key, one in FIGURES.items() if one is figure)
+    if name in special:
+        return special[name](records, figure)
     width = max(len(record[key]) for record in records for key in ("run", "method")) + 2
 
     def line(*cells: object) -> str:
         name, iteration, *numbers = cells
-        return f"{name:<{width}}{iteration:<11}" + "".join(f"{number:<32}" for number in numbers)
+        return f"{name:<{width}}{iteration:<11}" + "".join(f"{number:<46}" for number in numbers)
 
     lines = [figure.title, line("run", "iteration", *figure.shown)]
     for record in records:
-        cells = [f"{record[name][0]:.3f} [{record[name][1]:.3f}, {record[name][2]:.3f}]" for name in figure.shown]
-        lines.append(line(record["run"], record["iteration"], *cells))
+        cells = [_number(record.get(name)) for name in figure.shown]
+        lines.append(line(record["run"], record.get("iteration", ""), *cells))
     ends = {record["run"]: record for record in records}.values()  # the last of each run
     lines.append("mean over runs [lowest, highest] at their last checkpoint")
     for method in sorted({record["method"] for record in ends}):
@@ -280,6 +503,52 @@ def table(records: Sequence[dict], figure: Figure) -> str:
         values = [[record[name][0] for record in own] for name in figure.shown]
         cells = [f"{np.mean(each):.3f} [{min(each):.3f}, {max(each):.3f}]" for each in values]
         lines.append(line(method, f"{len(own)} runs", *cells))
+    return "\n".join(lines)
+
+
+def _number(value: Sequence[float] | None) -> str:
+    return "-" if value is None else f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
+
+
+def won_and_lost_table(records: Sequence[Numbers], figure: Figure) -> str:
+    """Figure 2's counts, won and lost side by side."""
+    lines = [figure.title]
+    for record in records:
+        lines.append(f"{record['run']}: {record['episodes']} episodes, {record['won episodes']} of them won")
+        for key in (key.removesuffix(", won") for key in record if key.endswith(", won") and "curve" not in key):
+            won, lost = (_number(record[f"{key}, {kind}"]) for kind in ("won", "lost"))
+            lines.append(f"  {key:<48} won {won:<26} lost {lost}")
+        for key in (key for key in record if key.endswith("covariance with success")):
+            lines.append(f"  {key:<48} {_number(record[key])}")
+    return "\n".join(lines)
+
+
+def time_table(records: Sequence[Numbers], figure: Figure) -> str:
+    """Table 4: seconds per iteration, and of the method without GCD, where such a run is given, the overhead."""
+    lines = [figure.title]
+    seconds = {
+        method: np.mean([record["seconds per iteration"] for record in records if record["method"] == method])
+        for method in dict.fromkeys(record["method"] for record in records)
+    }
+    for record in records:
+        plain = seconds.get(record["method"].removesuffix(" with GCD"))
+        over = (
+            f", {seconds[record['method']] / plain - 1:+.1%} over plain" if plain and "GCD" in record["method"] else ""
+        )
+        late = np.mean(record["success"][-5:])
+        lines.append(
+            f"{record['run']:<26}{record['method']:<20}{record['seconds per iteration']:8.1f} s per iteration, judge "
+            f"{record['seconds of the judge']:.1f} s, success of the last 5 iterations {late:.3f}{over}"
+        )
+    return "\n".join(lines)
+
+
+def drift_table(records: Sequence[Numbers], figure: Figure) -> str:
+    """Figure 10b: each run's last model against the first run's."""
+    lines = [figure.title, f"{'run':<28}difference of logits, cosine of logits, after the last layer"]
+    for own in _by_run(records).values():
+        last = own[-1]
+        lines.append(f"{last['run']:<28}{last['logits, difference'][-1]:.4f}   {last['logits, cosine'][-1]:.4f}")
     return "\n".join(lines)
 
 

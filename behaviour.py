@@ -1,0 +1,320 @@
+"""Figures of what checkpoints do: repeated actions, consistency of good and flawed ones, steps, success, judging.
+
+measure functions of analysis.py.  Those of a Subject play or sample with its weights; those of runs read their files
+alone.  Every number is [estimate, low, high] with a 95 % bootstrap over games, or over the groups of training.
+
+Decisions where the paper is silent: a reply without a well-formed action counts as the action "<invalid>"; consistency
+is the share of 10 fresh replies to the same prompt that take the same action, the one on record left out; Figure 1 is
+drawn over each checkpoint's own repeats (the paper's reading, which rises when only the stubborn ones are left) and
+over those of the model that the run started from; Figure 5's bins are drawn by one set of replies of that model and its
+first point by another, so that regression to the mean is not read as learning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import envs
+import judge
+import prompts
+from config import Config
+from evaluate import EVALUATION
+from rollout import Engine, Episode, Sampling, Step, collect, stable_seed
+from telemetry import Repeat, repeats
+
+DRAWS = 10  # fresh replies to a prompt
+HIGH = 0.5  # what the paper calls high consistency: 5 of 10
+BINS = (0.0, 0.2, 0.5, 0.8, 1.01)  # of Figure 5
+EARLY = 10  # first steps of an episode, which won and lost ones both have
+RESAMPLES = 1000
+
+Numbers = dict[str, object]
+
+
+@dataclass
+class Subject:
+    """A checkpoint that is being measured; its weights are those of the engine."""
+
+    engine: Engine
+    config: Config
+    own: list[Episode]  # played by it
+    start: list[Episode]  # by the model that its run started from
+    middle: list[Episode]  # by its run's checkpoint halfway
+    panel: list[judge.Question]  # labelled steps of `start`
+    folder: str = ""  # of its weights
+    reference: str = ""  # the folder of the model that layers are compared with
+    questions: tuple[str, ...] = ()  # of another domain
+
+    def sampling(self, number: int, salt: int) -> Sampling:
+        """How the `number`th of a figure's replies is drawn."""
+        rollout = self.config.rollout
+        seed = stable_seed(self.config.seed, EVALUATION, salt, number)
+        return Sampling(rollout.temperature, rollout.max_response_tokens, seed)
+
+
+def play(engine: Engine, config: Config, level: str = "L0") -> list[Episode]:
+    """config.eval.games held-out games, each played twice, at the training temperature and without guidelines."""
+    tasks = envs.tasks(config.env, level, "eval")
+    tasks = random.Random(0).sample(tasks, min(config.eval.games, len(tasks)))
+    pool = [envs.make_env(config.env) for _ in range(min(config.rollout.concurrency, 2 * len(tasks)))]
+    return collect(engine, pool, tasks, config, iteration=EVALUATION, members=2)
+
+
+def labelled_panel(episodes: Sequence[Episode], config: Config) -> list[judge.Question]:
+    """Labelled steps, half of them good, of each game's first episode; a question's group is its game.
+
+    The teacher sees as many steps per episode as in training, so that the mix of labels is that which is trained on.
+    """
+    first = [episode for episode in episodes if episode.member == 0]
+    shown = config.judge.teacher_steps * len(first) // (config.rollout.groups * config.rollout.group_size)
+    judge.label_episodes(first, config, random.Random(0), budget=shown)
+    return judge.pick(first, config.judge.questions, random.Random(0))
+
+
+def interval(statistic: Callable[[np.ndarray], float], games: np.ndarray) -> list[float]:
+    """[estimate, low, high]: 95 % of bootstrap resamples of the games. `statistic` takes how often each item counts.
+
+    A resample without items of a class, for which it is nan, is left out.
+    """
+    rng = np.random.default_rng(0)
+    _, game = np.unique(games, return_inverse=True)
+    count = int(game.max()) + 1
+    draws = [np.bincount(rng.integers(count, size=count), minlength=count)[game] for _ in range(RESAMPLES)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = [value for draw in draws if not math.isnan(value := statistic(draw))]
+        estimate = statistic(np.ones(len(game), dtype=int))
+    low, high = np.percentile(values, [2.5, 97.5]) if values else (math.nan, math.nan)
+    return [float(estimate), float(low), float(high)]
+
+
+def mean_of(value_N: Sequence[float], games_N: Sequence[int]) -> list[float]:
+    """The mean of values, with its interval over games; nan where there are none."""
+    value_N = np.asarray(value_N, dtype=float)  # [N]
+    if not len(value_N):
+        return [math.nan] * 3
+    return interval(lambda times: (times * value_N).sum() / times.sum(), np.asarray(games_N))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Of checkpoints
+
+
+def resample(subject: Subject, steps: Sequence[Step], salt: int) -> list[list[str]]:
+    """The actions of DRAWS fresh replies to each step's prompt."""
+    config = subject.config
+    prompt_ids = [step.prompt_ids for step in steps for _ in range(DRAWS)]
+    sampling = [subject.sampling(number, salt) for number in range(len(prompt_ids))]
+    actions = []
+    for sample in subject.engine.generate(prompt_ids, sampling):
+        reply = prompts.parse_reply(subject.engine.actor.decode(sample.ids), config.prompt_style, config.env.name)
+        actions.append(reply.action if reply.valid else "<invalid>")
+    return [actions[first : first + DRAWS] for first in range(0, len(actions), DRAWS)]
+
+
+def consistencies(subject: Subject, steps: Sequence[Step], salt: int) -> np.ndarray:
+    """The share of fresh replies that take each step's action: float64 [N]."""
+    drawn = resample(subject, steps, salt)
+    return np.array([actions.count(step.action) / DRAWS for step, actions in zip(steps, drawn, strict=True)])
+
+
+def repeat_consistency(subject: Subject) -> Numbers:
+    """Figure 1: how consistently repeated actions are repeated, of the checkpoint's own repeats and of the panel's."""
+    numbers: Numbers = {}
+    for name, episodes in {"own": subject.own, "panel": subject.start}.items():
+        for how, suffix in (("state_action", ""), ("admissible", " by admissible actions")):
+            found = _repeated(episodes, how, subject.config.judge.questions)
+            share_N = consistencies(subject, [step for _, step in found], salt=1)  # [N]
+            games = [game for game, _ in found]
+            numbers[f"{name} repeats{suffix}"] = len(found)
+            numbers[f"{name} consistency{suffix}"] = mean_of(share_N, games)
+            numbers[f"{name} share of high consistency{suffix}"] = mean_of(share_N >= HIGH, games)
+    return numbers
+
+
+def _repeated(episodes: Sequence[Episode], how: Repeat, most: int) -> list[tuple[int, Step]]:
+    """(game, step) of up to `most` repeated steps, drawn at random."""
+    found = [
+        (episode.group, step)
+        for episode in episodes
+        for step, repeat in zip(episode.steps, repeats(episode, how), strict=True)
+        if repeat
+    ]
+    return random.Random(0).sample(found, min(most, len(found)))
+
+
+def consistency_by_label(subject: Subject) -> Numbers:
+    """Figure 5: consistency of good and flawed actions of the start and of the checkpoint halfway, binned by what it
+    was at the start of each panel's first measurement."""
+    numbers: Numbers = {"judge": subject.config.judge.teacher}
+    for name, episodes in (("start", subject.start), ("halfway", subject.middle)):
+        steps, label_N, games_N, dropped = _judged(episodes, subject.config)
+        share_N = consistencies(subject, steps, salt=3)  # [N]
+        key = f"{name} panel"
+        numbers |= {f"{key} steps": len(steps), f"{key} dropped": dropped, f"{key} consistency": share_N.tolist()}
+        for label, kind in ((1, "good"), (0, "flawed")):
+            own_N = label_N == label  # [N]
+            numbers[f"{key} {kind}"] = mean_of(share_N[own_N], games_N[own_N])
+            numbers[f"{key} {kind} of high consistency"] = mean_of(share_N[own_N] >= HIGH, games_N[own_N])
+        numbers[f"{key} labels"], numbers[f"{key} games"] = label_N.tolist(), games_N.tolist()
+        if name == "start" and subject.own is subject.start:  # another set of replies, to bin by
+            numbers["bins"] = np.digitize(consistencies(subject, steps, salt=4), BINS[1:-1]).tolist()
+    return numbers
+
+
+def add_bins(records: Sequence[Numbers]) -> None:
+    """Figure 5's curves: consistency of the start's panel by label and by its bin at the start, in every record."""
+    bins_of = {record["start"]: np.array(record["bins"]) for record in records if "bins" in record}
+    for record in records:
+        bin_N = bins_of[record["start"]]  # [N]
+        share_N, label_N, games_N = (
+            np.array(record[f"start panel {name}"]) for name in ("consistency", "labels", "games")
+        )  # [N] each
+        for label, kind in ((1, "good"), (0, "flawed")):
+            for number, (low, high) in enumerate(zip(BINS, BINS[1:], strict=False)):
+                own_N = (label_N == label) & (bin_N == number)  # [N]
+                key = f"{kind}, {low:.1f} to {min(high, 1.0):.1f}"
+                record[key], record[f"{key} steps"] = mean_of(share_N[own_N], games_N[own_N]), int(own_N.sum())
+
+
+def _judged(episodes: Sequence[Episode], config: Config) -> tuple[list[Step], np.ndarray, np.ndarray, int]:
+    """Steps drawn at random with the teacher's verdicts [N], their games [N], and how many got none."""
+    every = [(episode, index) for episode in episodes for index in range(len(episode.steps))]
+    drawn = random.Random(0).sample(every, min(config.judge.questions, len(every)))
+    steps = [episode.steps[index] for episode, index in drawn]
+    if config.judge.teacher == "openai":
+        verdicts = judge.teacher_labels(judge.make_endpoint(config, 1, None), steps, config)
+    else:
+        known = {id(episode): judge.expert_labels(config.env, episode) for episode, _ in drawn}
+        verdicts = [known[id(episode)][index] for episode, index in drawn]
+    kept = [number for number, verdict in enumerate(verdicts) if verdict is not None]
+    games_N = np.array([drawn[number][0].group for number in kept])  # [N]
+    return [steps[i] for i in kept], np.array([verdicts[i] for i in kept]), games_N, len(steps) - len(kept)
+
+
+def num_actions(subject: Subject) -> Numbers:
+    """Figure 10a: steps per episode of held-out games, of all (a lost one has as many as are allowed) and of the won."""
+    won = [episode for episode in subject.own if episode.won]
+    return {
+        name: mean_of([len(episode.steps) for episode in played], [episode.group for episode in played])
+        for name, played in (("steps, all episodes", subject.own), ("steps, won episodes", won))
+    } | {"success": mean_of([e.won for e in subject.own], [e.group for e in subject.own]), "won episodes": len(won)}
+
+
+def held_out_judge(subject: Subject) -> Numbers:
+    """How well the actor judges the panel's steps, and its own of the same games. Chance is 0.5."""
+    own = labelled_panel(subject.own, subject.config)
+    return accuracies(subject, subject.panel) | accuracies(subject, own, " on own steps")
+
+
+def accuracies(subject: Subject, steps: Sequence[judge.Question], name: str = "") -> Numbers:
+    """Balanced accuracy, and that by class; an answer without a verdict is wrong."""
+    asked = [dataclasses.replace(step, answers=[], critiques=[]) for step in steps]
+    judge.ask(subject.engine, asked, subject.config, EVALUATION)
+    answered = [question for question in asked if question.answers]
+    right_Q = np.array([np.mean([answer.reward for answer in question.answers]) for question in answered])  # [Q]
+    label_Q = np.array([question.step.label for question in answered])  # [Q]
+    games_Q = np.array([question.group for question in answered])  # [Q]
+
+    def accuracy(times_Q: np.ndarray, classes: Sequence[int]) -> float:
+        own = [times_Q * (label_Q == cls) for cls in classes]  # [Q] each
+        return float(np.mean([(right_Q * own_Q).sum() / own_Q.sum() for own_Q in own]))
+
+    classes = {"balanced accuracy": (0, 1), "accuracy of good": (1,), "accuracy of flawed": (0,)}
+    numbers = {
+        key + name: interval(functools.partial(accuracy, classes=chosen), games_Q) for key, chosen in classes.items()
+    }
+    return {f"steps{name}": len(answered), f"too long{name}": len(asked) - len(answered)} | numbers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Of runs' files
+
+
+def load_episodes(file: Path) -> list[Episode]:
+    """The episodes of one iteration, without prompts and tokens. Raises ValueError for a file that is torn."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    blank = {"prompt_ids": [], "response_ids": [], "logprobs": [], "prompt": ""}
+    episodes = []
+    for line in lines[:-1]:  # the last holds the questions
+        steps = [Step(**blank | step | {key: blank[key] for key in blank}) for step in line["steps"]]
+        episodes.append(Episode(**line | {"task": envs.Task(**line["task"]), "steps": steps}))
+    return episodes
+
+
+def repeat_rate(run: Path) -> Numbers:
+    """Figure 2: repeated steps in won and lost episodes of training, by several counts; intervals over its groups.
+
+    The last number of each count is Lemma 3.1's sign test: the covariance of success and repeats within a group.
+    """
+    files = sorted((run / "episodes").glob("*.jsonl"))
+    played = [(file.stem, episode) for file in files for episode in load_episodes(file)]
+    groups_E = np.unique([f"{stem} {episode.group}" for stem, episode in played], return_inverse=True)[1]  # [E]
+    won_E = np.array([episode.won for _, episode in played])  # [E]
+    steps_E = np.array([len(episode.steps) for _, episode in played])  # [E]
+    numbers: Numbers = {"episodes": len(played), "won episodes": int(won_E.sum()), "iterations": len(files)}
+    for how in ("state_action", "consecutive", "action_any"):
+        flags = [repeats(episode, how) for _, episode in played]
+        count_E, early_E = np.array([(sum(one), sum(one[:EARLY])) for one in flags]).T  # [E] each
+        counts = {
+            "per step": (count_E, steps_E),
+            "per step, mean of episodes": (count_E / steps_E, np.ones_like(steps_E)),
+            f"per step, first {EARLY} steps": (early_E, steps_E.clip(max=EARLY)),
+            "episodes with any": (count_E > 0, np.ones_like(steps_E)),
+            "per episode": (count_E, np.ones_like(steps_E)),
+        }
+        for name, (top_E, bottom_E) in counts.items():
+            for kind, own_E in (("won", won_E), ("lost", ~won_E)):
+                numbers[f"{how} {name}, {kind}"] = interval(
+                    lambda times, a=top_E * own_E, b=bottom_E * own_E: float((times * a).sum() / (times * b).sum()),
+                    groups_E,
+                )
+        centred_E = won_E - group_means(won_E, groups_E)  # [E]
+        numbers[f"{how} covariance with success"] = mean_of(centred_E * count_E, groups_E)
+    by_iteration = defaultdict(lambda: [[0, 0], [0, 0]])  # iteration -> lost, won -> repeats, steps
+    for stem, episode in played:
+        cell = by_iteration[int(stem)][episode.won]
+        cell[0], cell[1] = cell[0] + sum(repeats(episode)), cell[1] + len(episode.steps)
+    for kind, won in (("won", 1), ("lost", 0)):
+        curve = [[at, cells[won][0] / cells[won][1]] for at, cells in sorted(by_iteration.items()) if cells[won][1]]
+        numbers[f"curve, {kind}"] = curve
+    return numbers
+
+
+def group_means(value_E: np.ndarray, groups_E: np.ndarray) -> np.ndarray:
+    """Each item's mean over its group: float64 [E]."""
+    sums, sizes = np.bincount(groups_E, weights=value_E), np.bincount(groups_E)
+    return (sums / sizes)[groups_E]
+
+
+def learning_curve(run: Path) -> Numbers:
+    """Figure 11: success against iterations, seconds and environment steps; and Table 4's seconds per iteration."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds, steps = (np.cumsum([line[key] for line in lines]) for key in ("time/total", "rollout/steps"))
+    levels = sorted({key for line in lines for key in line if key.startswith("eval/")})
+    numbers: Numbers = {
+        "iteration": [line["iteration"] + 1 for line in lines],
+        "hours": (seconds / 3600).tolist(),
+        "environment steps": steps.tolist(),
+        "success": [line["rollout/success"] for line in lines],
+        "seconds per iteration": float(np.mean([line["time/total"] for line in lines])),
+        "seconds of the judge": float(np.mean([line.get("time/judge", 0.0) for line in lines])),
+    }
+    for level in levels:
+        numbers[level] = [[line["iteration"] + 1, line[level]] for line in lines if level in line]
+    return numbers
+
+
+def final_success(run: Path) -> Numbers:
+    """Figure 7: what evaluate.py found of the run, by level; intervals over games."""
+    found = json.loads((run / "eval.json").read_text())
+    return {level: [one["success"], one["low"], one["high"]] for level, one in found["levels"].items()}
