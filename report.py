@@ -266,18 +266,21 @@ def pack_episodes(run: Run, budget: int) -> tuple[dict[int, str], dict]:
 
     sizes = [path.stat().st_size for path in run.episodes]
     last = len(sizes) - 1
-    text, _ = pack(last)
-    ratio = len(text) / max(1, sizes[last])
+    data, _ = pack(last)
+    ratio = len(data) / max(1, sizes[last])
     count = max(1, min(len(sizes), int(len(sizes) * budget / max(1.0, ratio * sum(sizes)) * 1.1)))
-    while True:
-        chosen = evenly(len(sizes), count)
-        used = sum(len(pack(number)[0]) for number in chosen)
-        if used <= budget or count == 1:
-            break
-        count = max(1, min(count - 1, int(count * budget / used)))
+
+    def used(count: int) -> int:
+        return sum(len(pack(number)[0]) for number in evenly(len(sizes), count))
+
+    while count > 1 and (taken := used(count)) > budget:
+        count = max(1, min(count - 1, int(count * budget / taken)))
+    grown = min(len(sizes), int(count * budget / max(1, used(count))))  # the estimate may have been too careful
+    count = next((more for more in (grown, (count + grown) // 2) if more > count and used(more) <= budget), count)
+    chosen = evenly(len(sizes), count)
     shown = {number: packed[number] for number in chosen}
     groups = 64
-    while sum(len(text) for text, _ in shown.values()) > budget and groups:
+    while sum(len(data) for data, _ in shown.values()) > budget and groups:
         groups //= 2
         shown = {last: pack(last, groups)} if groups else {}
         about["groups"] = groups
@@ -287,7 +290,12 @@ def pack_episodes(run: Run, budget: int) -> tuple[dict[int, str], dict]:
     if len(shown) < len(sizes):
         part = f", its first {groups} tasks" if about["groups"] else ""
         run.notes.append(f"episodes of {len(shown)} of {len(sizes)} iterations{part} are in this page, for its size")
-    return {int(run.episodes[number].stem): text for number, (text, _) in sorted(shown.items())}, about
+    return {int(run.episodes[number].stem): data for number, (data, _) in sorted(shown.items())}, about
+
+
+def _about_how_large(run: Run) -> int:
+    """The characters that all episodes of a run would take, by its last iteration."""
+    return len(pack_iteration(run, len(run.episodes) - 1)[0]) * len(run.episodes) if run.episodes else 0
 
 
 def pack_iteration(run: Run, number: int, groups: int | None = None) -> tuple[str, int]:
@@ -345,7 +353,7 @@ def _pack_episode(record: dict, intern: Callable[[Any], int]) -> tuple[list | No
 def _pack_step(step: dict, intern: Callable[[Any], int]) -> list:
     """[observation, thought, action, reply|null, tag, flags, reward, advantage, label, source, gain, prompt|null];
     the reply stands there only where tag, thought and action do not say all of it."""
-    tag, thought, action, reply = (as_text(step.get(key)) for key in ("tag", "thought", "action", "response"))
+    tag, thought, action, reply = (step.get(key) for key in ("tag", "thought", "action", "response"))
     said = reply == f"<{tag}>{thought}</{tag}><action>{action}</action>"
     bits = (("valid", 1), ("available", 2), ("truncated", 4))
     label = step.get("label")
@@ -591,7 +599,9 @@ def glance_section(runs: Sequence[Run]) -> str:
             else '<td class="num quiet">–</td>'
             for name in names
         )
-        rows += f'<tr><th scope="row"><span class="dot {_colour(run, runs)}"></span>{text(run.name)}</th>{cells}</tr>'
+        about = f"<small>{text(method(run))}</small>" if method(run) else ""
+        name = f'<span class="dot {_colour(run, runs)}"></span>{text(run.name)}{about}'
+        rows += f'<tr><th scope="row">{name}</th>{cells}</tr>'
     head = "".join(f'<th scope="col" class="num">{text(name)}</th>' for name in names)
     return (
         f'<div class="scroll card"><table class="glance"><thead><tr><th scope="col">run</th>{head}</tr></thead>'
@@ -600,18 +610,22 @@ def glance_section(runs: Sequence[Run]) -> str:
 
 
 def summary(run: Run) -> str:
-    """One line: method, model, environment, seed."""
-    get = run.config.get
-    method = {"grpo": "GRPO", "gigpo": "GiGPO", "rlvmr": "RLVMR", "ppo": "PPO"}
-    parts = []
-    if "rollout/success" in run.metrics and "algo.advantage" in run.config:
-        name = method.get(get("algo.advantage", ""), get("algo.advantage", ""))
-        plus = [" + NTHR"] * (get("algo.nthr") == "true") + [" + GCD"] * (get("judge.enabled") == "true")
-        parts.append(name + "".join(plus))
+    """One line: method, environment, where it started, seed."""
+    parts = [method(run)] if method(run) else []
     for label, key in (("", "env.name"), ("level ", "env.level"), ("from ", "model.path"), ("seed ", "seed")):
-        if get(key):
-            parts.append(label + get(key, ""))
+        if run.config.get(key):
+            parts.append(label + run.config[key])
     return " · ".join(parts)
+
+
+def method(run: Run) -> str:
+    """Example: "GiGPO + GCD"; empty where no reinforcement learning was done."""
+    if "rollout/success" not in run.metrics or "algo.advantage" not in run.config:
+        return ""
+    names = {"grpo": "GRPO", "gigpo": "GiGPO", "rlvmr": "RLVMR", "ppo": "PPO"}
+    name = run.config["algo.advantage"]
+    added = [said for said, key in (("NTHR", "algo.nthr"), ("GCD", "judge.enabled")) if run.config.get(key) == "true"]
+    return " + ".join([names.get(name, name), *added])
 
 
 def config_section(runs: Sequence[Run]) -> str:
@@ -627,9 +641,11 @@ def config_section(runs: Sequence[Run]) -> str:
     groups: dict[str, list[str]] = defaultdict(list)
     for key in keys:
         groups[key.split(".")[0] if "." in key else "run"].append(key)
-    for name, members in groups.items():
-        parts.append(f"<details><summary>{text(name)}</summary>{_config_table(members, having)}</details>")
-    return f'<div class="card">{"".join(parts)}</div>'
+    folded = "".join(
+        f"<details><summary>{text(name)}</summary>{_config_table(members, having)}</details>"
+        for name, members in groups.items()
+    )
+    return f'<div class="card">{"".join(parts)}<div class="folds">{folded}</div></div>'
 
 
 def _config_table(keys: Sequence[str], runs: Sequence[Run]) -> str:
@@ -644,7 +660,7 @@ def _config_table(keys: Sequence[str], runs: Sequence[Run]) -> str:
 
 def environment_section() -> str:
     """Versions where the report was made, which need not be where the run was."""
-    found = {"Python": platform.python_version(), "platform": platform.platform()}
+    found = {"Python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -713,9 +729,9 @@ def judge_section(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     coupled = [(name[9:].replace("_", " "), name, "number", None) for name in names if name.startswith("coupling/")]
     asked = [run for run in runs if "judge/balanced_accuracy" in run.metrics]
-    parts = []
+    parts, lead = [], legend(runs)
     if not asked:
-        parts.append(missing("No run was trained with GCD (judge.enabled): there are no judgements."))
+        lead = missing("Not trained with GCD (judge.enabled), or nothing judged yet: there are no judgements.")
     elif len(runs) == 1:
         lines = [
             (name, colour, thinned(runs[0].metrics.get(f"judge/{key}", {}), 200))
@@ -740,7 +756,7 @@ def judge_section(runs: Sequence[Run]) -> str:
         cost = {at: value / total[at] for at, value in run.metrics.get("time/judge", {}).items() if total.get(at)}
         overhead.append((run.name, _colour(run, runs), thinned(cost, points_of(runs))))
     parts.append(chart("Judging's share of the time", overhead, "share"))
-    grid = f'{legend(runs)}<div class="charts">{"".join(parts)}</div>'
+    grid = f'{lead}<div class="charts">{"".join(parts)}</div>'
     if coupled:
         grid += f'<h3>Coupling of gradients</h3><div class="charts">{charts(runs, coupled)}</div>'
     return grid
@@ -781,9 +797,12 @@ def build(runs: Sequence[Run], limit: int = 5_000_000) -> str:
     """The whole page, at most `limit` bytes if the episodes are what makes it large."""
     template = TEMPLATE.read_text(encoding="utf-8")
     title = " · ".join(run.name for run in runs)
+    alone = len(runs) == 1
     fields = {
         "TITLE": text(f"{title} – report"),
-        "HEADING": " <span>vs</span> ".join(text(run.name) for run in runs),
+        "KIND": "Report of a run" if alone else "Comparison of runs",
+        "HEADING": " <span>and</span> ".join(text(run.name) for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
+        "SUMMARY": f'<p class="summary">{text(summary(runs[0]))}</p>' if alone else "",
         "GLANCE": glance_section(runs),
         "SUCCESS": success_section(runs),
         "LEARNING": learning_section(runs),
@@ -791,24 +810,24 @@ def build(runs: Sequence[Run], limit: int = 5_000_000) -> str:
         "TIME": time_section(runs),
         "CONFIG": config_section(runs),
         "ENVIRONMENT": environment_section(),
-        "SUMMARY": "".join(
-            f"<li>{f'<span class={chr(34)}dot {_colour(r, runs)}{chr(34)}></span>' if len(runs) > 1 else ''}"
-            f"{text(summary(r))}</li>"
-            for r in runs
-            if summary(r)
-        ),
     }
     left = limit - len(template.encode()) - sum(len(part.encode()) for part in fields.values()) - 20_000
-    index, chunks = [], []
-    for number, run in enumerate(runs):
-        packed, about = pack_episodes(run, max(0, left // (len(runs) - number)))
-        left -= sum(map(len, packed.values()))
-        index.append({"name": run.name, "iterations": list(packed), **about})
-        chunks += [
-            f'<script type="application/octet-stream" id="chunk-{number}-{at}">{data}</script>'
-            for at, data in packed.items()
-        ]
-    notes = "".join(f"<li><b>{text(run.name)}</b> {text(note)}</li>" for run in runs for note in run.notes)
+    packed: dict[int, tuple[dict[int, str], dict]] = {}
+    # The small ones first: what they do not need is left for the others.
+    for number in sorted(range(len(runs)), key=lambda number: _about_how_large(runs[number])):
+        packed[number] = pack_episodes(runs[number], max(0, left // (len(runs) - len(packed))))
+        left -= sum(map(len, packed[number][0].values()))
+    index = [{"name": run.name, "iterations": list(packed[i][0]), **packed[i][1]} for i, run in enumerate(runs)]
+    chunks = [
+        f'<script type="application/octet-stream" id="chunk-{number}-{at}">{data}</script>'
+        for number in range(len(runs))
+        for at, data in packed[number][0].items()
+    ]
+    noted: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        for note in run.notes:
+            noted[note].append(run.name)
+    notes = "".join(f"<li><b>{text(', '.join(names))}</b> {text(note)}</li>" for note, names in noted.items())
     fields |= {
         "NOTES": f'<ul class="notes">{notes}</ul>' if notes else "",
         "INDEX": for_script(index),

@@ -376,6 +376,8 @@ def test_nothing_untrusted_runs_and_all_of_it_is_shown(tmp_path, browser):
         "const s = document.createElement('script'); s.textContent = 'window.injected = 1'; document.body.append(s)"
     )
     assert browser.execute_script(f"{inject}; return window.injected ?? null") is None  # the policy holds
+    (refused,) = browser.get_log("browser")
+    assert "violates the following Content Security Policy" in refused["message"]
 
 
 @in_browser

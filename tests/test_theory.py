@@ -358,6 +358,12 @@ def test_two_samples_rise_and_fall(q2, delta, positives, peak, step, back, end_1
     assert rises == (path[1, 1] > path[0, 1])
 
 
+def test_rise_and_fall_by_hand():
+    assert rise_and_fall(np.array([0.3, 0.4, 0.5, 0.3, 0.2, 0.1])) == (0.5, 2, 4)  # at its start is not yet below
+    assert rise_and_fall(np.array([0.3, 0.2, 0.3])) == (0.3, 0, 1)
+    assert rise_and_fall(np.array([0.3, 0.4, 0.35])) == (0.4, 1, None)
+
+
 @pytest.mark.parametrize(
     ("penalty", "delta", "end"),
     [(1, 0.5, 0.06469), (0.5, 0.5, 0.17052), (0, 0.5, 0.88796), (3, 0.5, 0.01874), (1, 0.2, 0.03630), (1, 0, 0.02670)],
