@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,9 @@ def of_models(
         for name, figure in tqdm(figures.items(), desc=f"{shot.run} {shot.iteration}", unit=" figures", leave=False):
             key = (name, shot.folder, halfway)
             if key not in measured:
+                began = time.monotonic()
                 measured[key] = figure.measure(subject)
+                measured[key]["seconds"] = time.monotonic() - began
             found[name].append(dataclasses.asdict(shot) | measured[key])
     engine.close()
     return found
@@ -250,8 +253,8 @@ def curves(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
 
 
 def panels(number: int, width: float = 4.2, height: float = 3.6) -> tuple[pyplot.Figure, list[pyplot.Axes]]:
-    """A figure with so many axes side by side, three in a row."""
-    columns = min(number, 3)
+    """A figure with so many axes, at most three in a row."""
+    columns = 2 if number == 4 else min(number, 3)
     lines = -(-number // columns)
     fig, axes = pyplot.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
     for spare in axes.flat[number:]:
@@ -332,6 +335,26 @@ def histograms(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
     _save(fig, figure, path)
 
 
+def by_bins(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
+    """Figure 5: consistency of the start's good and flawed actions, a line per bin of what it was there, per run."""
+    runs = _by_run(records)
+    fig, axes = panels(2 * len(runs))
+    for row, (run, own) in enumerate(runs.items()):
+        for column, kind in enumerate(("good", "flawed")):
+            axis = axes[2 * row + column]
+            names = [name for name in BIN_NAMES if name.startswith(kind)]
+            for number, name in enumerate(names):
+                middle, low, high = np.array([record[name] for record in own]).T
+                if np.isfinite(middle).any():
+                    at = np.array([record["iteration"] for record in own]) + 0.1 * number
+                    label = f"{name.removeprefix(f'{kind}, ')} at the start ({own[0][f'{name} steps']} steps)"
+                    errors = np.nan_to_num([middle - low, high - middle])
+                    axis.errorbar(at, middle, yerr=errors, capsize=2, marker="o", markersize=3, label=label)
+            axis.set(xlabel="iteration", ylabel="consistency", ylim=(-0.05, 1.05), title=f"{run}: {kind} actions")
+            axis.legend(frameon=False, fontsize=7)
+    _save(fig, figure, path)
+
+
 def influence_map(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
     """Figure 3b: the change of log-prob by the kinds of both actions, at the last checkpoint of each run."""
     lasts = [own[-1] for own in _by_run(records).values()]
@@ -367,12 +390,13 @@ def alike_tokens(records: Sequence[Numbers], figure: Figure, path: Path) -> None
             piece = piece.replace("\n", " ").replace("$", r"\$")
             if column + len(piece) > 52:
                 line, column = line + 1, 0
-            colour = matplotlib.colormaps["RdBu_r"](0.5 + value / most / 2)
+            strength = math.copysign(abs(value / most) ** 0.3, value)  # few tokens have almost all of it
+            colour = matplotlib.colormaps["RdBu_r"](0.5 + strength / 2)
             box = {"facecolor": colour, "edgecolor": "none", "pad": 1}
             where = {"family": "monospace", "fontsize": 7, "transform": words.transAxes, "clip_on": True}
             words.text(column / 54, 0.92 - 0.09 * line, piece, bbox=box, **where)
             column += len(piece)
-        words.set(title="a flawed response: red is pulled up by good ones")
+        words.set(title="a flawed response: red is pulled up by good ones, blue down")
         words.axis("off")
     _save(fig, figure, path)
 
@@ -446,8 +470,8 @@ FIGURES = {
     "5": Figure(
         "Consistency of good and flawed actions (Figure 5)",
         behaviour.consistency_by_label,
-        (*BIN_NAMES, "start panel flawed of high consistency"),
-        curves,
+        ("start panel good", "start panel flawed", "start panel flawed of high consistency"),
+        by_bins,
         finish=behaviour.add_bins,
     ),
     "7": Figure("Success of runs side by side (Figure 7)", behaviour.final_success, ("L0",), bars, needs="eval.json"),

@@ -202,7 +202,7 @@ def _judged(episodes: Sequence[Episode], config: Config) -> tuple[list[Step], np
 
 
 def num_actions(subject: Subject) -> Numbers:
-    """Figure 10a: steps per episode of held-out games, of all (a lost one has as many as are allowed) and of the won."""
+    """Figure 10a: steps per episode of held-out games, of all (a lost one has as many as allowed) and of the won."""
     won = [episode for episode in subject.own if episode.won]
     return {
         name: mean_of([len(episode.steps) for episode in played], [episode.group for episode in played])

@@ -3,15 +3,16 @@
 measure functions of analysis.py, each of one Subject.  Influences are first-order ones of the output layer (paper,
 equation 2; losses.coupling) except in Figure 3b, which takes the step and looks.
 
-Decisions where the paper is silent: a sample's state is the mean of its last layer's hidden states after the final norm,
-over prompt and response; cosines stand beside those of states less their mean, for language models' states all point
-one way.  Figure 3b's step is plain gradient ascent on the log-prob of one response, as large as raises it by 0.05 nat a
-token to first order.  Figure 9 classes tokens by where they stand: tags, the action's words, names of objects, the rest
+Decisions where the paper is silent: a sample's state is the mean of its hidden states after the final norm, over prompt
+and response; cosines stand beside those of states less their mean, for language models' states all point
+one way.  Figure 3b's step is plain gradient ascent on the log-prob of one response, of one size for all of them: that
+which raises the one that is learned most from by 0.05 nat a token to first order.  Figure 9 classes tokens by where they stand: tags, the action's words, names of objects, the rest
 of the thought.  Figure 10b puts every layer through the final norm and the reference's output layer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections import defaultdict
@@ -29,7 +30,7 @@ from rollout import Episode, Step
 from telemetry import error_parts, influences
 
 SIMILAR_SAMPLES = 200  # whose states are compared
-SOURCES, TARGETS = 16, 96  # of Figure 3b's steps
+SOURCES, TARGETS = 16, 64  # of Figure 3b's steps
 SELF_CHANGE = 0.05  # nat per token, of the sample that is learned from
 CLASSES = ("tags", "action words", "object names", "reasoning", "other")
 OBJECT = re.compile(r"\b[a-z]+ \d+\b")
@@ -52,8 +53,8 @@ def draw_steps(episodes: Sequence[Episode], most: int) -> list[tuple[Episode, St
 
 @torch.no_grad()
 def states(actor: Actor, rows: Sequence[Row], budget: int) -> dict[str, torch.Tensor]:
-    """Each row's hidden state after the final norm, float64 [R, H]: the mean over prompt and response, the mean over the
-    response, and that of the last token."""
+    """Each row's hidden state after the final norm, float64 [R, H]: the mean over prompt and response, that over the
+    response, and the last token's."""
     whole = [  # every token is "predicted" from the one before it: what comes out is the state of all but the last
         Row(row.prompt_ids[:1], np.concatenate([row.prompt_ids[1:], row.response_ids, row.response_ids[-1:]]))
         for row in rows
@@ -136,16 +137,20 @@ def step_influence(subject: Subject) -> Numbers:
     """Figure 3b: how the mean log-prob per token of other steps' responses changes by one step of gradient ascent on
     one response, by the kinds of both actions; different prompts alone. The weights are put back."""
     config = subject.config
-    actor = load_actor(config, path=subject.folder)  # in float32: the steps are small
+    all_trained = dataclasses.replace(config.model, tune="full", shard="never")
+    whole = dataclasses.replace(config, model=all_trained)
+    actor = load_actor(whole, path=subject.folder)  # in float32: the steps are small
     drawn = draw_steps(subject.own, TARGETS)
     steps, rows = [step for _, step in drawn], [row_of(step) for _, step in drawn]
     kinds = [kind_of(step.action) for step in steps]
     before_R = _mean_logprobs(actor, rows, config)  # [R]
     kept = {name: weight.detach().cpu().clone() for name, weight in actor.model.named_parameters()}
+    sources = range(min(SOURCES, len(rows)))
+    size = SELF_CHANGE / max(_first_order_gain(actor, rows[source], config) for source in sources)
     changes, halves, own = [], [], []
-    for source in tqdm(range(min(SOURCES, len(rows))), desc="steps", leave=False):
-        change_R = _step(actor, kept, rows, source, 1.0, config) - before_R  # [R]
-        tenth_R = _step(actor, kept, rows, source, 0.1, config) - before_R  # [R]
+    for source in tqdm(sources, desc="steps", leave=False):
+        change_R = _step(actor, kept, rows, source, size, config) - before_R  # [R]
+        tenth_R = _step(actor, kept, rows, source, size / 10, config) - before_R  # [R]
         others_R = np.array([row.prompt_ids.tolist() != rows[source].prompt_ids.tolist() for row in rows])  # [R]
         changes.append(np.where(others_R, change_R, np.nan))
         own.append(change_R[source])
@@ -188,20 +193,28 @@ def _mean_logprobs(actor: Actor, rows: Sequence[Row], config: Config) -> np.ndar
     return np.array([logprobs.astype(np.float64).mean() for logprobs in found])
 
 
+def _gradients(actor: Actor, row: Row, config: Config) -> list[torch.Tensor]:
+    """Of the log-prob of a response, by every parameter."""
+    logp_T, _ = token_logprobs(actor, [row], config.rollout.temperature)  # [T]
+    return list(torch.autograd.grad(logp_T.sum(), list(actor.model.parameters())))
+
+
+def _first_order_gain(actor: Actor, row: Row, config: Config) -> float:
+    """Nat per token that a unit step on a response gives it."""
+    square = sum(float((gradient.double() ** 2).sum()) for gradient in _gradients(actor, row, config))
+    return max(square / len(row.response_ids), 1e-12)
+
+
 def _step(
-    actor: Actor, kept: dict[str, torch.Tensor], rows: Sequence[Row], source: int, part: float, config: Config
+    actor: Actor, kept: dict[str, torch.Tensor], rows: Sequence[Row], source: int, size: float, config: Config
 ) -> np.ndarray:
-    """_mean_logprobs after `part` of the step on row `source`; the weights are put back."""
-    trained = {name: weight for name, weight in actor.model.named_parameters() if weight.requires_grad}
-    logp_T, _ = token_logprobs(actor, [rows[source]], config.rollout.temperature)  # [T]
-    gradients = torch.autograd.grad(logp_T.sum(), list(trained.values()))
-    square = sum(float((gradient.double() ** 2).sum()) for gradient in gradients)
-    size = part * SELF_CHANGE * len(logp_T) / max(square, 1e-12)
+    """_mean_logprobs after a step on row `source`; the weights are put back."""
+    gradients = _gradients(actor, rows[source], config)
     with torch.no_grad():
-        for weight, gradient in zip(trained.values(), gradients, strict=True):
+        for weight, gradient in zip(actor.model.parameters(), gradients, strict=True):
             weight += size * gradient
         after_R = _mean_logprobs(actor, rows, config)  # [R]
-        for name, weight in trained.items():
+        for name, weight in actor.model.named_parameters():
             weight.copy_(kept[name])
     return after_R
 
@@ -250,7 +263,7 @@ def similar_tokens(subject: Subject) -> Numbers:
             classes = token_classes(pieces)
             pulls += [(game, kind, value) for kind, value in zip(classes, pull_T, strict=True)]
             example = [(piece, float(value)) for piece, value in zip(pieces, pull_T, strict=True)]
-            if sum(abs(value) for _, value in example) > sum(abs(value) for _, value in shown):
+            if sum(max(0.0, value) for _, value in example) > sum(max(0.0, value) for _, value in shown):
                 shown = example
     numbers: Numbers = {"tokens": len(pulls), "shown": shown}
     if not pulls:
@@ -315,8 +328,8 @@ def token_classes(pieces: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def layer_drift(subject: Subject) -> Numbers:
-    """Figure 10b: per layer, how far this model is from the reference on the same tokens: through the final norm and the
-    reference's output layer (mean absolute difference and cosine of logits), and of the hidden states themselves."""
+    """Figure 10b: per layer, how far this model is from the reference on the same tokens, in mean absolute difference
+    and cosine: of logits through the final norm and the reference's output layer, and of the hidden states."""
     config, actor = subject.config, subject.engine.actor
     reference = load_actor(config, path=subject.reference, train=False)
     drawn = draw_steps(subject.start, SIMILAR_SAMPLES // 4)
