@@ -418,7 +418,7 @@ def learning(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
     """Figure 11: success against iterations, hours, environment steps, and that on evaluation levels; means over the
     runs of a method, between their lowest and highest."""
     levels = sorted({key for record in records for key in record if key.startswith("eval/")})
-    axes_of = ("iteration", "hours", "environment steps")
+    axes_of = ("iterations", "hours", "environment steps")
     fig, axes = panels(len(axes_of) + len(levels))
     colours = _colours(records)
     for record in records:

@@ -33,6 +33,7 @@ from rollout import Engine, Episode, Sampling, Step, collect, stable_seed
 from telemetry import Repeat, repeats
 
 DRAWS = 10  # fresh replies to a prompt
+PROMPTS = 100  # the most of a panel's that are replied to afresh
 HIGH = 0.5  # what the paper calls high consistency: 5 of 10
 BINS = (0.0, 0.2, 0.5, 0.8, 1.01)  # of Figure 5
 EARLY = 10  # first steps of an episode, which won and lost ones both have
@@ -132,7 +133,7 @@ def repeat_consistency(subject: Subject) -> Numbers:
     numbers: Numbers = {}
     for name, episodes in {"own": subject.own, "panel": subject.start}.items():
         for how, suffix in (("state_action", ""), ("admissible", " by admissible actions")):
-            found = _repeated(episodes, how, subject.config.judge.questions)
+            found = _repeated(episodes, how)
             share_N = consistencies(subject, [step for _, step in found], salt=1)  # [N]
             games = [game for game, _ in found]
             numbers[f"{name} repeats{suffix}"] = len(found)
@@ -141,15 +142,15 @@ def repeat_consistency(subject: Subject) -> Numbers:
     return numbers
 
 
-def _repeated(episodes: Sequence[Episode], how: Repeat, most: int) -> list[tuple[int, Step]]:
-    """(game, step) of up to `most` repeated steps, drawn at random."""
+def _repeated(episodes: Sequence[Episode], how: Repeat) -> list[tuple[int, Step]]:
+    """(game, step) of up to PROMPTS repeated steps, drawn at random."""
     found = [
         (episode.group, step)
         for episode in episodes
         for step, repeat in zip(episode.steps, repeats(episode, how), strict=True)
         if repeat
     ]
-    return random.Random(0).sample(found, min(most, len(found)))
+    return random.Random(0).sample(found, min(PROMPTS, len(found)))
 
 
 def consistency_by_label(subject: Subject) -> Numbers:
@@ -189,7 +190,7 @@ def add_bins(records: Sequence[Numbers]) -> None:
 def _judged(episodes: Sequence[Episode], config: Config) -> tuple[list[Step], np.ndarray, np.ndarray, int]:
     """Steps drawn at random with the teacher's verdicts [N], their games [N], and how many got none."""
     every = [(episode, index) for episode in episodes for index in range(len(episode.steps))]
-    drawn = random.Random(0).sample(every, min(config.judge.questions, len(every)))
+    drawn = random.Random(0).sample(every, min(PROMPTS, len(every)))
     steps = [episode.steps[index] for episode, index in drawn]
     if config.judge.teacher == "openai":
         verdicts = judge.teacher_labels(judge.make_endpoint(config, 1, None), steps, config)
@@ -302,7 +303,7 @@ def learning_curve(run: Path) -> Numbers:
     seconds, steps = (np.cumsum([line[key] for line in lines]) for key in ("time/total", "rollout/steps"))
     levels = sorted({key for line in lines for key in line if key.startswith("eval/")})
     numbers: Numbers = {
-        "iteration": [line["iteration"] + 1 for line in lines],
+        "iterations": [line["iteration"] + 1 for line in lines],
         "hours": (seconds / 3600).tolist(),
         "environment steps": steps.tolist(),
         "success": [line["rollout/success"] for line in lines],

@@ -4,10 +4,11 @@ measure functions of analysis.py, each of one Subject.  Influences are first-ord
 equation 2; losses.coupling) except in Figure 3b, which takes the step and looks.
 
 Decisions where the paper is silent: a sample's state is the mean of its hidden states after the final norm, over prompt
-and response; cosines stand beside those of states less their mean, for language models' states all point
-one way.  Figure 3b's step is plain gradient ascent on the log-prob of one response, of one size for all of them: that
-which raises the one that is learned most from by 0.05 nat a token to first order.  Figure 9 classes tokens by where they stand: tags, the action's words, names of objects, the rest
-of the thought.  Figure 10b puts every layer through the final norm and the reference's output layer.
+and response; cosines stand beside those of states less their mean, for language models' states all point one way.
+Figure 3b's step is plain gradient ascent on the log-prob of one response, of one size for all responses: the one that
+it raises most it raises by 0.05 nat a token, to first order.  Figure 9 classes tokens by where they stand: tags, the
+action's words, names of objects, the rest of the thought.  Figure 10b puts every layer through the final norm and the
+reference's output layer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""analysis.py: influences against gradients, intervals and accuracies by hand, and the script on two small runs."""
+"""The paper's figures: measures against their definitions, and the script on runs of a real, tiny model."""
 
+import dataclasses
 import json
 import math
 
@@ -9,35 +10,158 @@ import tiny
 import torch
 
 import analysis
+import behaviour
+import envs
+import geometry
 import judge
 import model
 import prompts
 import telemetry
+from behaviour import Subject
 from config import Config, ConfigError
-from model import Row, load_actor
-from rollout import Step
+from model import Row
+from rollout import Episode, Step
+
+TEXTS = [
+    ("A room.", "Take the mug."),
+    ("Another room, with a desk and a shelf.", "Go to the desk."),
+    ("Fridge.", "No."),
+]
 
 
-def test_influences_are_inner_products_of_gradients(small_games, tmp_path, monkeypatch):
-    """The padded micro-batches, the temperature and the vocabulary in parts give what autograd gives row by row."""
-    monkeypatch.setattr(telemetry, "VOCABULARY_PART", 300)
-    config = tiny.rl_config(small_games, "train.tokens_per_micro_batch=400")
-    actor = load_actor(config)
-    texts = [
-        ("A lamp.", "Take it."),
-        ("A longer room, with a desk and a shelf.", "Go to the desk."),
-        ("Fridge.", "No."),
-    ]
-    rows = [Row(np.array(actor.encode(ask)), np.array(actor.encode_reply(reply))) for ask, reply in texts]
+@pytest.fixture(scope="module")
+def subject(small_games) -> Subject:
+    """The tiny actor with three steps of two games as its episodes; nothing can be sampled."""
+    config = tiny.rl_config(small_games)
+    tiny.join()
+    actor = model.load_actor(config)
+    steps = []
+    for number, (ask, reply) in enumerate(TEXTS):
+        ids = (actor.encode(ask), actor.encode_reply(reply), [])
+        steps.append(Step(*ids, ask, reply, "a room", f"take mug {number}", True, True, 0.0, label=number % 2))
+    task = envs.Task("alfworld", "pick_and_place_simple", "a game", "train")
+    episodes = [Episode(task, 0, 0, steps[:2]), Episode(task, 1, 0, steps[2:])]
+    panel = [judge.Question(0, 0, 0, steps[0], [], []), judge.Question(0, 0, 1, steps[1], [], [])]
+
+    class Silent:
+        pass
+
+    Silent.actor = actor
+    folder = config.model.path
+    return Subject(Silent, config, episodes, episodes, episodes, panel, folder, folder)
+
+
+def rows_of(subject: Subject) -> list[Row]:
+    return [geometry.row_of(step) for episode in subject.own for step in episode.steps]
+
+
+def output_gradients(subject: Subject, rows: list[Row]) -> list[torch.Tensor]:
+    """Of each response's log-prob by the output layer's weights, in units of the scaled logits: float64 [V * H]."""
+    actor, temperature = subject.engine.actor, subject.config.rollout.temperature
     gradients = []
     for row in rows:
         hidden_TH, target_T = (tensor.detach() for tensor in model.last_hidden(actor, [row]))
         weight = actor.model.get_output_embeddings().weight.detach().double().requires_grad_()
-        logits_TV = hidden_TH.double() @ weight.T / config.rollout.temperature  # [T, V]
+        logits_TV = hidden_TH.double() @ weight.T / temperature  # [T, V]
         logp = logits_TV.log_softmax(-1).gather(1, target_T[:, None]).sum()
-        gradients.append(torch.autograd.grad(logp, weight)[0].flatten() * config.rollout.temperature)
+        gradients.append(torch.autograd.grad(logp, weight)[0].flatten() * temperature)
+    return gradients
+
+
+def test_influences_are_inner_products_of_gradients(subject, monkeypatch):
+    """The padded micro-batches, the temperature and the vocabulary in parts give what autograd gives row by row."""
+    monkeypatch.setattr(telemetry, "VOCABULARY_PART", 300)
+    gradients = output_gradients(subject, rows_of(subject))
     expected = torch.stack([torch.stack([one @ other for other in gradients]) for one in gradients])
-    torch.testing.assert_close(telemetry.influences(actor, rows, config), expected, rtol=1e-4, atol=1e-4)
+    found = telemetry.influences(subject.engine.actor, rows_of(subject), subject.config)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_token_influences_add_up_to_the_rows(subject):
+    """Figure 9's tokens of the first row together have its influence with all other rows."""
+    rows = rows_of(subject)
+    found_T = geometry.token_influences(subject.engine.actor, rows, subject.config)
+    assert len(found_T) == len(rows[0].response_ids)
+    whole_RR = telemetry.influences(subject.engine.actor, rows, subject.config)
+    assert found_T.sum() == pytest.approx(float(whole_RR[0, 1:].sum()), rel=1e-4, abs=1e-4)
+
+
+def test_classes_of_tokens():
+    pieces = ["<think>", "Need", " mug 1", ".", "</think>", "<action>", "go to", " desk 2", "</action>", ""]
+    thought = ["tags", "reasoning", "object names", "reasoning", "tags"]
+    assert geometry.token_classes(pieces) == [*thought, "tags", "action words", "object names", "tags", "other"]
+    assert geometry.token_classes(["<action>", "look", "<|im_end|>"]) == ["tags", "action words", "other"]
+
+
+def test_pieces_are_the_reply(subject):
+    actor = subject.engine.actor
+    ids = actor.encode_reply("<think>Need mug 1.</think><action>go to desk 2</action>")
+    assert "".join(geometry.pieces_of(actor, ids)) == actor.tokenizer.decode(ids)
+
+
+def test_states_equal_one_pass_per_row(subject):
+    actor, rows = subject.engine.actor, rows_of(subject)
+    found = geometry.states(actor, rows, budget=64)
+    for number, row in enumerate(rows):
+        ids = torch.from_numpy(np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64))[None]
+        with torch.no_grad():
+            hidden_SH = actor.inner.base_model(input_ids=ids).last_hidden_state[0].double()  # [S, H]
+        expected = (hidden_SH.mean(0), hidden_SH[len(row.prompt_ids) :].mean(0), hidden_SH[-1])
+        for state_RH, one in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(state_RH[number], one, rtol=1e-4, atol=1e-5)
+
+
+def test_similarity_by_what_two_steps_share(subject):
+    found = geometry.embed_sim(subject)
+    state_RH = geometry.states(subject.engine.actor, rows_of(subject), 64)["prompt and response"]  # [R, H]
+    order = [step for _, step in geometry.draw_steps(subject.own, 10)]
+    assert len(order) == found["steps"] == 3
+    unit_RH = torch.nn.functional.normalize(state_RH, dim=-1)  # [R, H]
+    assert found["same episode, raw, prompt and response"][0] == pytest.approx(float(unit_RH[0] @ unit_RH[1]), abs=1e-5)
+    apart = float((unit_RH[0] @ unit_RH[2] + unit_RH[1] @ unit_RH[2]) / 2)
+    assert found["different games, raw, prompt and response"][0] == pytest.approx(apart, abs=1e-5)
+    assert math.isnan(found["same game, raw, prompt and response"][0])  # nobody else played the game
+    assert sum(found["different games, centred, prompt and response, histogram"]) == 2
+
+
+def test_a_step_moves_others_as_their_gradients_say_and_is_undone(subject):
+    before = tiny.weights_of(subject.folder)
+    found = geometry.step_influence(subject)
+    assert tiny.distance(before, tiny.weights_of(subject.folder)) == 0
+    assert found["sources"] == found["steps"] == 3
+    assert 0 < found["own change"] < 1.5 * geometry.SELF_CHANGE
+    assert found["change / 10 x change by a tenth"] == pytest.approx(1, abs=0.3)
+    actor = model.load_actor(subject.config)
+    rows = [geometry.row_of(step) for _, step in geometry.draw_steps(subject.own, 10)]
+    gradients = [torch.cat([g.flatten() for g in geometry._gradients(actor, row, subject.config)]) for row in rows]
+    size = geometry.SELF_CHANGE / max(
+        float(g @ g) / len(row.response_ids) for g, row in zip(gradients, rows, strict=True)
+    )
+    moved = [
+        size * float(gradients[i] @ gradients[j]) / len(rows[j].response_ids)
+        for i in range(3)
+        for j in range(3)
+        if i != j
+    ]
+    cell, pairs = found["cells"]["take"]["take"]
+    assert pairs == 6 and cell == pytest.approx(np.mean(moved), rel=0.3, abs=2e-4)
+
+
+def test_a_model_has_not_drifted_from_itself(subject):
+    found = geometry.layer_drift(subject)
+    layers = subject.engine.actor.inner.config.num_hidden_layers
+    assert found["logits, difference"] == found["hidden, difference"] == [0.0] * (layers + 1)
+    np.testing.assert_allclose(found["logits, cosine"], 1, atol=1e-5)
+    assert found["tokens"] == sum(len(row.response_ids) for row in rows_of(subject))
+
+
+def test_the_lens_on_the_last_layer_is_the_model(subject):
+    actor, row = subject.engine.actor, rows_of(subject)[1]
+    with torch.no_grad():
+        logits_LTV = geometry._lens(actor, geometry._layers(actor, row))  # [layers + 1, T, V]
+        hidden_TH, _ = model.last_hidden(actor, [row])
+        torch.testing.assert_close(logits_LTV[-1], actor.inner.get_output_embeddings()(hidden_TH), rtol=1e-4, atol=1e-4)
+    assert float((logits_LTV[0] - logits_LTV[-1]).abs().max()) > 0.1
 
 
 def test_interval_by_games():
@@ -46,11 +170,12 @@ def test_interval_by_games():
     def mean(times):
         return float((value * times).sum() / times.sum())
 
-    assert analysis.interval(mean, games) == [0.5, 0.0, 1.0]  # half of the resamples hold one of the games, twice
-    low, high = analysis.interval(mean, np.arange(4))[1:]
+    assert behaviour.interval(mean, games) == [0.5, 0.0, 1.0]  # half of the resamples hold one of the games, twice
+    low, high = behaviour.interval(mean, np.arange(4))[1:]
     assert (low, high) == (0.0, 1.0)  # 1 of 16 resamples has no good one, 1 of 16 no other
-    assert analysis.interval(lambda times: 1.0 if times.min() else math.nan, games) == [1.0, 1.0, 1.0]
-    assert math.isnan(analysis.interval(lambda times: math.nan, games)[1])
+    assert behaviour.interval(lambda times: 1.0 if times.min() else math.nan, games) == [1.0, 1.0, 1.0]
+    assert math.isnan(behaviour.interval(lambda times: math.nan, games)[1])
+    assert behaviour.mean_of([1.0, 0.0], [3, 3]) == [0.5, 0.5, 0.5] and math.isnan(behaviour.mean_of([], [])[0])
 
 
 def question(game: int, label: int) -> judge.Question:
@@ -58,7 +183,7 @@ def question(game: int, label: int) -> judge.Question:
     return judge.Question(game, 0, 0, step, [], [])
 
 
-def test_balanced_accuracy_weighs_both_classes_alike(monkeypatch):
+def test_balanced_accuracy_weighs_both_classes_alike(monkeypatch, subject):
     steps = [question(0, 1), question(1, 0), question(2, 0), question(3, 0)]
     verdicts = {0: [1, 1], 1: [0, 1], 2: [0, None], 3: [1, 1]}  # by game
 
@@ -72,37 +197,112 @@ def test_balanced_accuracy_weighs_both_classes_alike(monkeypatch):
                 )
 
     monkeypatch.setattr(judge, "ask", ask)
-    found = analysis.accuracies(None, steps, None)
+    found = behaviour.accuracies(subject, steps)
     assert found["accuracy of good"][0] == 1 and found["accuracy of flawed"][0] == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert found["balanced accuracy"][0] == pytest.approx((1 + 1 / 3) / 2)
     assert found["steps"] == 4 and found["too long"] == 0
     assert not steps[0].answers  # the panel can be asked again
 
 
-def test_two_runs_from_one_start(small_games, tmp_path):
+def write_episodes(run, *episodes: Episode) -> None:
+    (run / "episodes").mkdir(parents=True)
+    lines = [json.dumps(episode.to_json(tokens=number < 2)) for number, episode in enumerate(episodes)]
+    (run / "episodes/000000.jsonl").write_text("\n".join([*lines, '{"questions": [], "guidelines": []}']) + "\n")
+
+
+def acted(*pairs: tuple[str, str], won: bool, group: int = 0, member: int = 0) -> Episode:
+    task = envs.Task("alfworld", "pick_and_place_simple", "a game", "train")
+    steps = [Step([1], [2], [0.0], "", "", seen, action, True, True, 0.0) for seen, action in pairs]
+    return Episode(task, group, member, steps, won)
+
+
+def test_repeat_rates_by_hand(tmp_path):
+    """Won: 1 of 3 steps repeats; lost: 2 of 4. Within the group success and repeats go against each other."""
+    won = acted(("hall", "look"), ("hall", "look"), ("hall", "go"), won=True)
+    lost = acted(("hall", "look"), ("hall", "look"), ("hall", "look"), ("yard", "look"), won=False, member=1)
+    write_episodes(tmp_path, won, lost)
+    found = behaviour.repeat_rate(tmp_path)
+    assert found["state_action per step, won"][0] == pytest.approx(1 / 3)
+    assert found["state_action per step, lost"][0] == pytest.approx(2 / 4)
+    assert found["action_any per step, lost"][0] == pytest.approx(3 / 4)
+    assert found["state_action per episode, lost"][0] == 2
+    assert found["state_action episodes with any, won"][0] == 1
+    assert found["state_action covariance with success"][0] == pytest.approx((0.5 * 1 - 0.5 * 2) / 2)
+    assert found["curve, lost"] == [[0, 0.5]]
+
+
+def test_selection_is_not_read_as_learning():
+    """Figure 5's bins come from one set of replies of the start, all its curves from others."""
+    start = {"start": "base", "bins": [3, 0], "start panel labels": [1, 0], "start panel games": [0, 1]}
+    records = [start | {"start panel consistency": [0.6, 0.1]}, start | {"start panel consistency": [0.9, 0.3]}]
+    del records[1]["bins"]
+    behaviour.add_bins(records)
+    assert [record["good, 0.8 to 1.0"][0] for record in records] == [0.6, 0.9]
+    assert [record["flawed, 0.0 to 0.2"][0] for record in records] == [0.1, 0.3]
+    assert math.isnan(records[0]["good, 0.0 to 0.2"][0]) and records[0]["good, 0.0 to 0.2 steps"] == 0
+
+
+def test_overhead_is_against_the_plain_method():
+    record = {"seconds of the judge": 1.0, "success": [0.5]}
+    records = [
+        record | {"run": "a", "method": "grpo", "seconds per iteration": 10.0},
+        record | {"run": "b", "method": "grpo with GCD", "seconds per iteration": 12.9},
+    ]
+    lines = analysis.time_table(records, analysis.FIGURES["11"]).splitlines()
+    assert "over plain" not in lines[1] and "+29.0% over plain" in lines[2]
+
+
+def test_every_figure_of_two_runs_from_one_start(small_games, tmp_path):
     """The script on a run and its copy that says it is without GCD: both have the same numbers at their start."""
-    settings = ("name=gcd", "train.eval_every=0", "guidelines.every=0")
+    settings = ("name=gcd", "guidelines.every=0", "train.checkpoint_every=2")
     tiny.run("train_rl.py", tiny.rl_yaml(small_games, tmp_path), "--set", *settings, cwd=tmp_path)
+    level = {"success": 0.5, "low": 0.4, "high": 0.6}
+    (tmp_path / "runs/gcd/eval.json").write_text(json.dumps({"levels": {"L0": level}}))
     plain = tiny.copy(tmp_path / "runs/gcd", tmp_path / "runs/plain") / "config.yaml"
     plain.write_text(plain.read_text().replace("judge:\n  enabled: true", "judge:\n  enabled: false"))
-    command = ["analysis.py", "runs/plain", "runs/gcd", "--figures", "8", "judge", "--games", "6", "--steps", "12"]
-    printed = tiny.run(*command, cwd=tmp_path)
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text("".join(json.dumps({"question": f"What is {one} and {one}?"}) + "\n" for one in range(4)))
+    names = list(analysis.FIGURES)
+    command = ["analysis.py", "runs/plain", "runs/gcd", "--figures", *names, "--games", "6", "--steps", "12"]
+    printed = tiny.run(*command, "--questions", asked, cwd=tmp_path)
     assert "gigpo with GCD" in printed and "1 runs" in printed
-    for figure, name in (("8", "cos"), ("judge", "balanced accuracy on own steps")):
-        found = json.loads((tmp_path / f"figures/figure_{figure}.json").read_text())
-        records = found["checkpoints"]
-        stages = [(one["run"], one["method"], one["iteration"]) for one in records]
+    figures = {name: json.loads((tmp_path / f"figures/figure_{name}.json").read_text()) for name in names}
+    for name, figure in figures.items():
+        assert (tmp_path / f"figures/figure_{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert figure["config"]["judge"]["teacher"] == "expert"
+        stages = [(one["run"], one["method"], one.get("iteration")) for one in figure["checkpoints"]]
         methods = (("plain", "gigpo"), ("gcd", "gigpo with GCD"))
-        assert stages == [(run, method, iteration) for run, method in methods for iteration in (0, 1, 2)]
-        assert records[0][name] == records[3][name] != records[5][name]
-        middle, low, high = records[0][name]
-        assert low <= middle <= high and -1 <= low and high <= 2
-        assert found["config"]["judge"]["teacher"] == "expert"
-        assert (tmp_path / f"figures/figure_{figure}.png").read_bytes().startswith(b"\x89PNG")
+        times = [None] if analysis.FIGURES[name].needs else [0, 2]
+        assert stages == [(run, method, at) for run, method in methods for at in times]
+    for name, number in (("8", "cos"), ("judge", "balanced accuracy on own steps"), ("10a", "steps, all episodes")):
+        records = figures[name]["checkpoints"]
+        assert records[0][number] == records[2][number] != records[3][number]
+        middle, low, high = records[0][number]
+        assert low <= middle <= high
+    first = figures["1"]["checkpoints"]
+    assert first[0]["own consistency"] == first[0]["panel consistency"]  # its own repeats are the panel
+    assert first[0]["panel repeats"] == first[1]["panel repeats"]
+    assert figures["7"]["checkpoints"][0]["L0"] == [0.5, 0.4, 0.6]
+    assert figures["11"]["checkpoints"][0]["iterations"] == [1, 2]
+    assert figures["11"]["checkpoints"][0]["eval/L0"][0][0] == 2
+    assert figures["3a"]["checkpoints"][0]["questions"] == 4
+    assert figures["10b"]["checkpoints"][1]["logits, difference"][-1] == 0  # the reference itself
+    assert figures["10b"]["checkpoints"][0]["logits, difference"][-1] > 0  # where it came from
 
 
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ConfigError, match="it has no config.yaml"):
         analysis.load_run(tmp_path, [])
-    with pytest.raises(ConfigError, match="has no checkpoints of iterations"):
+    with pytest.raises(ConfigError, match="has no checkpoints"):
         analysis.snapshots(tmp_path, Config())
+    with pytest.raises(ConfigError, match=r"Figure 7.* has no eval.json, which python evaluate.py .* writes"):
+        analysis.check_files(analysis.FIGURES["7"], [tmp_path])
+    wrong = tmp_path / "questions.jsonl"
+    wrong.write_text('{"problem": "2 + 2"}\n')
+    with pytest.raises(ConfigError, match="a field 'question'"):
+        analysis.read_questions(wrong)
+
+
+def test_the_papers_labels_need_five_equal_votes():
+    config = analysis.for_panels([dataclasses.replace(Config())], games=3, steps=9, labels="openai")
+    assert (config.judge.votes, config.judge.agreement, config.eval.games) == (5, "unanimous", 3)

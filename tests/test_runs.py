@@ -264,3 +264,16 @@ def test_a_rank_that_hangs_ends_the_run(small_games, tmp_path):
     command = tiny.command(tmp_path / "hung.py", tiny.rl_yaml(small_games, tmp_path), "--set", *settings, ranks=2)
     done = subprocess.run(command, cwd=tmp_path, env=tiny.environment(), timeout=240, capture_output=True, text=True)
     assert done.returncode != 0 and re.search(r"[Tt]imed out|timeout", done.stderr)
+
+
+def test_weights_and_biases_are_shown_what_the_log_has(small_games, tmp_path, monkeypatch):
+    """The real client, without a network; a resumed run goes on in the same record."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = ("name=shown", "train.wandb=tests", "rollout.engine=transformers", "train.eval_every=0")
+    once = tiny.rl_yaml(small_games, tmp_path)
+    tiny.run("train_rl.py", once, "--set", *settings, "train.iterations=1", cwd=tmp_path)
+    tiny.run("train_rl.py", once, "--set", *settings, cwd=tmp_path)
+    records = sorted((tmp_path / "runs/shown/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(records) == 2 and len({record.name for record in records}) == 1
+    assert all(b"rollout/success" in record.read_bytes() for record in records)
