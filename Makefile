@@ -28,8 +28,9 @@ quickstart: $(BASE) runs/quickstart_sft/eval.json runs/quickstart/eval.json
 	@echo
 	@$(BIN)/python evaluate.py --table runs/quickstart_base runs/quickstart_sft runs/quickstart
 	@echo
+	@$(BIN)/python report.py runs/quickstart
 	@echo "success in percent [95 % interval]: the base model, after the cold start, after RL with GCD"
-	@echo "files of the run: runs/quickstart (metrics.jsonl, tensorboard/, episodes/, checkpoints/, eval.json)"
+	@echo "files of the run: runs/quickstart (report.html, metrics.jsonl, tensorboard/, episodes/, checkpoints/)"
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -133,7 +133,7 @@ def repeat_consistency(subject: Subject) -> Numbers:
     numbers: Numbers = {}
     for name, episodes in {"own": subject.own, "panel": subject.start}.items():
         for how, suffix in (("state_action", ""), ("admissible", " by admissible actions")):
-            found = _repeated(episodes, how)
+            found = _repeated(episodes, how, min(PROMPTS, subject.config.judge.questions))
             share_N = consistencies(subject, [step for _, step in found], salt=1)  # [N]
             games = [game for game, _ in found]
             numbers[f"{name} repeats{suffix}"] = len(found)
@@ -142,15 +142,15 @@ def repeat_consistency(subject: Subject) -> Numbers:
     return numbers
 
 
-def _repeated(episodes: Sequence[Episode], how: Repeat) -> list[tuple[int, Step]]:
-    """(game, step) of up to PROMPTS repeated steps, drawn at random."""
+def _repeated(episodes: Sequence[Episode], how: Repeat, most: int) -> list[tuple[int, Step]]:
+    """(game, step) of up to `most` repeated steps, drawn at random."""
     found = [
         (episode.group, step)
         for episode in episodes
         for step, repeat in zip(episode.steps, repeats(episode, how), strict=True)
         if repeat
     ]
-    return random.Random(0).sample(found, min(PROMPTS, len(found)))
+    return random.Random(0).sample(found, min(most, len(found)))
 
 
 def consistency_by_label(subject: Subject) -> Numbers:
@@ -190,7 +190,7 @@ def add_bins(records: Sequence[Numbers]) -> None:
 def _judged(episodes: Sequence[Episode], config: Config) -> tuple[list[Step], np.ndarray, np.ndarray, int]:
     """Steps drawn at random with the teacher's verdicts [N], their games [N], and how many got none."""
     every = [(episode, index) for episode in episodes for index in range(len(episode.steps))]
-    drawn = random.Random(0).sample(every, min(PROMPTS, len(every)))
+    drawn = random.Random(0).sample(every, min(PROMPTS, config.judge.questions, len(every)))
     steps = [episode.steps[index] for episode, index in drawn]
     if config.judge.teacher == "openai":
         verdicts = judge.teacher_labels(judge.make_endpoint(config, 1, None), steps, config)

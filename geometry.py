@@ -141,7 +141,7 @@ def step_influence(subject: Subject) -> Numbers:
     all_trained = dataclasses.replace(config.model, tune="full", shard="never")
     whole = dataclasses.replace(config, model=all_trained)
     actor = load_actor(whole, path=subject.folder)  # in float32: the steps are small
-    drawn = draw_steps(subject.own, TARGETS)
+    drawn = draw_steps(subject.own, min(TARGETS, config.judge.questions))
     steps, rows = [step for _, step in drawn], [row_of(step) for _, step in drawn]
     kinds = [kind_of(step.action) for step in steps]
     before_R = _mean_logprobs(actor, rows, config)  # [R]

@@ -274,7 +274,7 @@ def test_every_figure_of_two_runs_from_one_start(small_games, tmp_path):
         methods = (("plain", "gigpo"), ("gcd", "gigpo with GCD"))
         times = [None] if analysis.FIGURES[name].needs else [0, 2]
         assert stages == [(run, method, at) for run, method in methods for at in times]
-    for name, number in (("8", "cos"), ("judge", "balanced accuracy on own steps"), ("10a", "steps, all episodes")):
+    for name, number in (("8", "cos"), ("judge", "balanced accuracy on own steps")):
         records = figures[name]["checkpoints"]
         assert records[0][number] == records[2][number] != records[3][number]
         middle, low, high = records[0][number]
