@@ -31,7 +31,7 @@ from rollout import Episode, Step
 from telemetry import error_parts, influences
 
 SIMILAR_SAMPLES = 200  # whose states are compared
-SOURCES, TARGETS = 16, 64  # of Figure 3b's steps
+SOURCES, TARGETS = 12, 48  # of Figure 3b's steps
 SELF_CHANGE = 0.05  # nat per token, of the sample that is learned from
 CLASSES = ("tags", "action words", "object names", "reasoning", "other")
 OBJECT = re.compile(r"\b[a-z]+ \d+\b")

@@ -264,7 +264,7 @@ def test_every_figure_of_two_runs_from_one_start(small_games, tmp_path):
     asked.write_text("".join(json.dumps({"question": f"What is {one} and {one}?"}) + "\n" for one in range(4)))
     names = list(analysis.FIGURES)
     command = ["analysis.py", "runs/plain", "runs/gcd", "--figures", *names, "--games", "6", "--steps", "12"]
-    printed = tiny.run(*command, "--questions", asked, cwd=tmp_path)
+    printed = tiny.run(*command, "--questions", asked, cwd=tmp_path, timeout=900)
     assert "gigpo with GCD" in printed and "1 runs" in printed
     figures = {name: json.loads((tmp_path / f"figures/figure_{name}.json").read_text()) for name in names}
     for name, figure in figures.items():
