@@ -238,9 +238,7 @@ def curves(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
     for axis, name in zip(axes, figure.shown, strict=True):
         for number, own in enumerate(_by_run(records).values()):
             middle, low, high = np.array([record[name] for record in own]).T
-            at = (
-                np.array([record["iteration"] for record in own]) + 0.08 * number
-            )  # so that intervals stand side by side
+            at = np.array([record["iteration"] for record in own]) + 0.08 * number  # intervals stand side by side
             errors = np.nan_to_num([middle - low, high - middle])
             label = _once(axis, own[0]["method"])
             look = {"capsize": 2, "marker": "o", "markersize": 3}
