@@ -40,7 +40,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from config import Config, ConfigError
-from ranks import full, gathered, is_sharded, pick_device, progress, shard, whole
+from ranks import full, gathered, is_sharded, pick_device, progress_bar, shard, whole
 from tinymodel import add_phrases, build_tiny
 
 hf_logging.disable_progress_bar()
@@ -470,7 +470,7 @@ def all_values(critic: Actor, rows: Sequence[Row], max_tokens: int) -> list[np.n
 def _by_row(actor: Actor, rows: Sequence[Row], max_tokens: int, compute: Callable) -> list[np.ndarray]:
     result: list[Any] = [None] * len(rows)
     with gathered(actor.model):
-        for group in progress(micro_batches(rows, max_tokens, actor.packed), desc="score", unit=" micro-batches"):
+        for group in progress_bar(micro_batches(rows, max_tokens, actor.packed), desc="score", unit=" micro-batches"):
             value_T = compute([rows[index] for index in group])  # [T]
             lengths = [len(rows[index].response_ids) for index in group]
             for index, part in zip(group, value_T.split(lengths), strict=True):

@@ -72,7 +72,7 @@ def total(records: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: sum(record.get(key, 0) for record in records) for key in sorted({key for r in records for key in r})}
 
 
-def progress(items: Iterable | None = None, **how: Any) -> tqdm:
+def progress_bar(items: Iterable | None = None, **how: Any) -> tqdm:
     """A progress bar on the first rank's terminal, gone when done; nothing where there is none."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     return tqdm(items, disable=None if first else True, leave=False, mininterval=1, dynamic_ncols=True, **how)

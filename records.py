@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 import config as configuration
 from config import Config, ConfigError
 from model import Actor, Row, point_latest, save_model, shards
-from ranks import is_sharded, progress
+from ranks import is_sharded, progress_bar
 from rollout import Episode
 from telemetry import repeat_metrics
 
@@ -99,7 +99,7 @@ def episode_bar(total: int) -> Iterator[Callable[[Episode], None]]:
     """What to call with each episode that ends: a bar with the success rate and sampled tokens per second so far."""
     won = tokens = 0
     began = time.monotonic()
-    with progress(total=total, desc="collect", unit=" episodes") as bar:
+    with progress_bar(total=total, desc="collect", unit=" episodes") as bar:
 
         def ended(episode: Episode) -> None:
             nonlocal won, tokens

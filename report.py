@@ -308,35 +308,27 @@ def pack_iteration(run: Run, number: int, groups: int | None = None) -> tuple[st
 
     played = [record for record in lines if "steps" in record]
     known = sorted({as_id(record, "group") for record in played})[:groups]
-    episodes, questions, rules, prompt = [], [], None, None
+    episodes, questions, rules = [], [], None
     for record in played:
         if as_id(record, "group") in known:
             packed, broken = _pack_episode(record, intern)
             torn += broken
             if packed:
                 episodes.append(packed)
-                prompt = prompt or next((step["prompt"] for step in record["steps"] if _has_prompt(step)), None)
     for record in lines:
         if "steps" not in record:
             asked = record["questions"] if isinstance(record.get("questions"), list) else []
             asked = [question for question in asked if isinstance(question, dict)]
             questions += [_pack_question(question, intern) for question in asked if as_id(question, "group") in known]
             rules = record["guidelines"] if isinstance(record.get("guidelines"), list) else rules
-    in_force, since = _rules_in_force(run, number, prompt)
     payload = {
         "episodes": episodes,
         "questions": questions,
-        "rules": None if in_force is None else [intern(rule) for rule in in_force],
-        "since": since,
-        "next": None if rules is None else [intern(rule) for rule in rules],
+        "rules": None if rules is None else [intern(rule) for rule in rules],
         "strings": list(strings),
     }
     data = json.dumps(payload, separators=(",", ":")).encode("ascii")
     return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode("ascii"), torn
-
-
-def _has_prompt(step: Any) -> bool:
-    return isinstance(step, dict) and isinstance(step.get("prompt"), str)
 
 
 def _pack_episode(record: dict, intern: Callable[[Any], int]) -> tuple[list | None, int]:
@@ -353,7 +345,7 @@ def _pack_episode(record: dict, intern: Callable[[Any], int]) -> tuple[list | No
 def _pack_step(step: dict, intern: Callable[[Any], int]) -> list:
     """[observation, thought, action, reply|null, tag, flags, reward, advantage, label, source, gain, prompt|null];
     the reply stands there only where tag, thought and action do not say all of it."""
-    tag, thought, action, reply = (step.get(key) for key in ("tag", "thought", "action", "response"))
+    tag, thought, action, reply, prompt = (step.get(key) for key in ("tag", "thought", "action", "response", "prompt"))
     said = reply == f"<{tag}>{thought}</{tag}><action>{action}</action>"
     bits = (("valid", 1), ("available", 2), ("truncated", 4))
     label = step.get("label")
@@ -369,7 +361,7 @@ def _pack_step(step: dict, intern: Callable[[Any], int]) -> list:
         label if label in (0, 1) else None,
         intern(step.get("label_source")),
         _brief(step, "gain"),
-        intern(step["prompt"]) if _has_prompt(step) else None,
+        intern(prompt) if isinstance(prompt, str) else None,
     ]
 
 
@@ -395,27 +387,6 @@ def as_id(record: dict, key: str) -> int:
 def _brief(record: dict, key: str) -> float | None:
     number = as_number(record.get(key))
     return None if number is None else float(f"{number:.4g}")
-
-
-def _rules_in_force(run: Run, number: int, prompt: str | None) -> tuple[list[str] | None, int | None]:
-    """The guidelines under which an iteration was played (None: not known), and the iteration whose file told them.
-
-    A file holds those that were distilled after its iteration; so they are read from a prompt that was kept, else from
-    the file before.
-    """
-    if prompt is not None:
-        _, found, after = prompt.partition(prompts.GUIDELINES.partition("{")[0])
-        rules = []
-        for line in after.split("\n") if found else ():
-            if not line.startswith("- "):
-                break
-            rules.append(line[2:])
-        return rules, None
-    if number == 0:
-        return None, None
-    records, _ = read_lines(run.episodes[number - 1])
-    told = next((record["guidelines"] for record in reversed(records) if "guidelines" in record), None)
-    return (told, int(run.episodes[number - 1].stem)) if isinstance(told, list) else (None, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import prompts
 from config import Config, ConfigError
 from envs import Observation, Task
 from model import Actor, Row, all_logprobs, named_weights
-from ranks import progress
+from ranks import progress_bar
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Engine:
         if self.leads:
             for index, (ids, how) in enumerate(zip(prompt_ids, sampling, strict=True)):
                 self.submit(str(index), ids, how)
-            with progress(total=len(prompt_ids), desc="generate", unit=" replies") as bar:
+            with progress_bar(total=len(prompt_ids), desc="generate", unit=" replies") as bar:
                 while len(done) < len(prompt_ids):
                     fresh = dict(self.poll())
                     done |= fresh

@@ -58,7 +58,7 @@ from model import (
     token_logprobs,
     token_values,
 )
-from ranks import Stop, aligned, gather, gathered, join_ranks, make_optimizer, progress, step, total
+from ranks import Stop, aligned, gather, gathered, join_ranks, make_optimizer, progress_bar, step, total
 from records import (
     Clock,
     Log,
@@ -157,7 +157,7 @@ def train(config: Config) -> None:
         # ---- Log, then save, so that a checkpoint never lacks its iteration's record
         start = iteration + 1
         if log:
-            log.write(iteration, metrics | clock.metrics(rows), episodes, questions, progress["rules"])
+            log.write(iteration, metrics | clock.metrics(rows), episodes, questions, how["suggestions"])
         if start % config.train.checkpoint_every == 0:
             save_checkpoint(actor, critic, optimizers, config, start, progress)
             saved = start
@@ -388,7 +388,7 @@ def update(
     gaps: list[np.ndarray] = []  # of engine to trainer, where the trainer has not scored the old policy
     sums: dict[str, float] = defaultdict(float)
     actor.model.train()  # no dropout (load_actor sees to it), but gradient checkpointing works in this mode alone
-    for number, batch in enumerate(progress(batches, desc="update", unit=" steps")):
+    for number, batch in enumerate(progress_bar(batches, desc="update", unit=" steps")):
         totals = denominators(batch)
         own = [row for row in batch[rank] if has_gradient(row, config)]
         for group in aligned(micro_batches(own, train.tokens_per_micro_batch, packed), actor.model):
@@ -535,7 +535,7 @@ def update_critic(
     batches = mini_batches(rows, config, iteration, world)
     sums: dict[str, float] = defaultdict(float)
     critic.model.train()
-    for batch in progress(batches, desc="update critic", unit=" steps"):
+    for batch in progress_bar(batches, desc="update critic", unit=" steps"):
         tokens = sum(len(row.returns) for share in batch for row in share if row.returns is not None)
         own = [row for row in batch[rank] if row.returns is not None]
         for group in aligned(micro_batches(own, config.train.tokens_per_micro_batch, critic.packed), critic.model):

@@ -85,7 +85,7 @@ def write_run(folder, iterations=3, episodes=None, rules=(), config=None, result
     (folder / "eval.json").write_text(json.dumps({"levels": results or {"L0": RESULT}}))
     episodes = episodes or [episode(group, member, [step(0), step(1)]) for group in (0, 1) for member in (0, 1)]
     for i in range(iterations):
-        end = {"questions": list(questions), "guidelines": [f"{rule} (after {i})" for rule in rules]}
+        end = {"questions": list(questions), "guidelines": list(rules)}
         text = "".join(json.dumps(line) + "\n" for line in [*episodes, end])
         (folder / "episodes" / f"{i:06d}.jsonl").write_text(text)
     return folder
@@ -203,20 +203,12 @@ def test_size_is_kept_by_showing_fewer_iterations(tmp_path):
     assert {one[0] for one in unpack(small, 0, 29)["episodes"]} == {0, 1}
 
 
-def test_guidelines_are_those_that_were_in_force(tmp_path):
-    """A file holds the rules made after its iteration; a prompt that was kept shows those it was played by."""
-    folder = write_run(tmp_path / "run", rules=["look"])
-    page = page_of(folder)
-    told = [unpack(page, 0, i) for i in range(3)]
-    assert [data["rules"] for data in told][0] is None and [data["since"] for data in told] == [None, 0, 1]
-    rules = [[data["strings"][i] for i in data["rules"] or ()] for data in told]
-    assert rules == [[], ["look (after 0)"], ["look (after 1)"]]
-    for suggestions in (["be quick", "</script>"], []):
-        prompt = prompts.build_prompt("alfworld", "t", "- seen", ["look"], suggestions=suggestions)
-        line = json.dumps(episode(0, 0, [step(0, prompt=prompt)]))
-        (folder / "episodes" / "000001.jsonl").write_text(line + "\n")
-        data = unpack(page_of(folder), 0, 1)
-        assert [data["strings"][i] for i in data["rules"]] == suggestions and data["since"] is None
+def test_guidelines_are_those_that_the_run_recorded(tmp_path):
+    folder = write_run(tmp_path / "run", rules=["be quick", "</script>"])
+    data = unpack(page_of(folder), 0, 1)
+    assert [data["strings"][i] for i in data["rules"]] == ["be quick", "</script>"]
+    (folder / "episodes" / "000001.jsonl").write_text(json.dumps(episode(0, 0, [step(0)])) + "\n")
+    assert unpack(page_of(folder), 0, 1)["rules"] is None
 
 
 class Tags(HTMLParser):
@@ -237,8 +229,7 @@ def nasty_run(folder):
     first = [
         step(n, observation=s, thought=s, action=s, tag=s, label=n % 2, label_source=s) for n, s in enumerate(NASTY)
     ]
-    told = prompts.GUIDELINES.format(suggestions="\n".join(f"- {said}" for said in NASTY))
-    first.append(step(99, observation=[[["deep"]]], prompt=told, thought=7, action=None))
+    first.append(step(99, observation=[[["deep"]]], prompt=NASTY[0], thought=7, action=None))
     answers = [f"<think>x</think><answer>{n % 2}</answer><advise>{s}</advise>" for n, s in enumerate(NASTY)]
     questions = [{"group": 0, "member": 0, "step": 0, "label": 1, "source": NASTY[0], "answers": [*answers, 5]}, "no"]
     episodes = [episode(g, m, first, NASTY[1]) for g in (0, 1) for m in (0, 1)]

@@ -72,16 +72,15 @@ def test_episodes_are_dumped(run, small_games):
 
 def test_golden_rules_enter_the_next_prompts(run):
     _, extra = tiny.episodes_of(run, 0)
-    rules = extra["guidelines"]
+    rules = tiny.episodes_of(run, 1)[1]["guidelines"]
     verdicts = [(prompts.parse_critique(answer), question["label"]) for question in extra["questions"]
                 for answer in question["answers"]]  # fmt: skip
     advice = {critique.advice for critique, label in verdicts if critique.score == label and critique.advice}
     assert rules and set(rules) <= advice  # medoids of what right critiques advise
     prompt = tiny.episodes_of(run, 1)[0][0]["steps"][0]["prompt"]
     assert all(f"- {rule}\n" in prompt for rule in rules)
-    assert "guideline" not in tiny.episodes_of(run, 0)[0][0]["steps"][0]["prompt"]
-    saved = json.loads((run / "checkpoints" / "latest" / "guidelines.json").read_text())
-    assert saved == tiny.episodes_of(run, 1)[1]["guidelines"]
+    assert extra["guidelines"] == [] and "guideline" not in tiny.episodes_of(run, 0)[0][0]["steps"][0]["prompt"]
+    assert json.loads((run / "checkpoints" / "000001" / "guidelines.json").read_text()) == rules
 
 
 def test_checkpoint_loads(run, small_games):
