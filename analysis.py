@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ from model import load_actor
 from ranks import join_ranks
 from rollout import Engine, Episode, make_engine, sync
 
+QUESTIONS = 100  # of a file, at most
+Questions = tuple[tuple[str, str | None], ...]
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -68,6 +72,7 @@ class Figure:
     draw: Callable[[Sequence[Numbers], Figure, Path], None]
     level: float | None = None  # of a dashed line: what a model without the skill would get
     needs: str = ""  # a run's file, where no model is measured
+    halfway: bool = False  # whether a model's numbers depend on its run's checkpoint halfway
     finish: Callable[[Sequence[Numbers]], None] = lambda records: None  # once all are measured
 
 
@@ -80,7 +85,7 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=200, help="of each panel (default: %(default)s)")
     command.add_argument("--level", choices=("L0", "L1", "L2"), default="L0", help="whose games are played")
     command.add_argument("--teacher", choices=("expert", "openai"), default="expert", help="who labels open steps")
-    command.add_argument("--questions", type=Path, help="JSONL with a field 'question', for Figure 3a: GSM8K, say")
+    command.add_argument("--questions", type=Path, help="JSONL of 'question', 'answer', for 3a and 9: GSM8K, say")
     command.add_argument("--out", type=Path, default=Path("figures"), help="folder (default: %(default)s)")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
     arguments = command.parse_args()
@@ -115,7 +120,7 @@ def of_files(figures: dict[str, Figure], configs: dict[Path, Config]) -> dict[st
 
 
 def of_models(
-    figures: dict[str, Figure], shots: Sequence[Snapshot], config: Config, level: str, questions: tuple[str, ...]
+    figures: dict[str, Figure], shots: Sequence[Snapshot], config: Config, level: str, questions: Questions
 ) -> dict[str, list[Numbers]]:
     """The numbers of figures of models: a record per snapshot. Each distinct model plays, then each is measured."""
     join_ranks(config)
@@ -153,7 +158,7 @@ def of_models(
             questions,
         )
         for name, figure in tqdm(figures.items(), desc=f"{shot.run} {shot.iteration}", unit=" figures", leave=False):
-            key = (name, shot.folder, halfway)
+            key = (name, shot.folder, halfway if figure.halfway else "")
             if key not in measured:
                 began = time.monotonic()
                 measured[key] = figure.measure(subject)
@@ -179,10 +184,13 @@ def check_files(figure: Figure, runs: Sequence[Path]) -> None:
             raise ConfigError(f"{figure.title}: {run} has no {figure.needs}, which {cure} writes")
 
 
-def read_questions(path: Path) -> tuple[str, ...]:
-    """The questions of a JSONL file. Raises ConfigError if a line has none."""
+def read_questions(path: Path) -> Questions:
+    """Up to QUESTIONS of a JSONL file, drawn at random, with their answers where they have one. Raises ConfigError if a
+    line has no question."""
     try:
-        return tuple(str(json.loads(line)["question"]) for line in path.read_text(encoding="utf-8").splitlines())
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [(str(line["question"]), str(line["answer"]) if "answer" in line else None) for line in lines]
+        return tuple(random.Random(0).sample(found, min(QUESTIONS, len(found))))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--questions {path}: every line must be an object with a field 'question' ({error})"
@@ -250,14 +258,20 @@ def curves(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
     _save(fig, figure, path)
 
 
-def panels(number: int, width: float = 4.2, height: float = 3.6) -> tuple[pyplot.Figure, list[pyplot.Axes]]:
+def panels(
+    number: int, width: float = 4.2, height: float = 3.6, columns: int | None = None
+) -> tuple[pyplot.Figure, list[pyplot.Axes]]:
     """A figure with so many axes, at most three in a row."""
-    columns = 2 if number == 4 else min(number, 3)
+    columns = columns or (2 if number == 4 else min(number, 3))
     lines = -(-number // columns)
     fig, axes = pyplot.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
     for spare in axes.flat[number:]:
         spare.set_visible(False)
     return fig, list(axes.flat[:number])
+
+
+def _stage(record: Numbers) -> str:
+    return f"{record['run']} {record['iteration']}"
 
 
 def _by_run(records: Sequence[Numbers]) -> dict[str, list[Numbers]]:
@@ -319,7 +333,7 @@ def bars(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
 def histograms(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
     """Figure 3a: the cosines of the last checkpoint of each run, raw and centred."""
     runs = _by_run(records)
-    fig, axes = panels(2 * len(runs))
+    fig, axes = panels(2 * len(runs), columns=2)
     edges = np.linspace(-1, 1, 51)
     for row, (run, own) in enumerate(runs.items()):
         for column, way in enumerate(("raw", "centred")):
@@ -336,7 +350,7 @@ def histograms(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
 def by_bins(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
     """Figure 5: consistency of the start's good and flawed actions, a line per bin of what it was there, per run."""
     runs = _by_run(records)
-    fig, axes = panels(2 * len(runs))
+    fig, axes = panels(2 * len(runs), columns=2)
     for row, (run, own) in enumerate(runs.items()):
         for column, kind in enumerate(("good", "flawed")):
             axis = axes[2 * row + column]
@@ -358,45 +372,60 @@ def influence_map(records: Sequence[Numbers], figure: Figure, path: Path) -> Non
     lasts = [own[-1] for own in _by_run(records).values()]
     fig, axes = panels(len(lasts), 5.0, 4.2)
     for axis, record in zip(axes, lasts, strict=True):
-        cells = record["cells"]
+        cells = record["cells, reply"]
         down, across = list(cells), sorted({kind for row in cells.values() for kind in row})
         value = np.array([[cells[a].get(b, [math.nan])[0] for b in across] for a in down])
         most = np.nanmax(np.abs(value)) or 1.0
         shown = axis.imshow(value, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
         axis.set_xticks(range(len(across)), across, rotation=45, ha="right", fontsize=7)
         axis.set_yticks(range(len(down)), down, fontsize=7)
-        axis.set(xlabel="action measured", ylabel="action learned from", title=f"{record['run']} {record['iteration']}")
+        axis.set(xlabel="action measured", ylabel="action learned from")
+        bent = abs(record["change / 10 x change by a tenth"] - 1)
+        axis.set_title(f"{_stage(record)}, linear to within {bent:.0%}", fontsize=9)
         fig.colorbar(shown, ax=axis, label="nat per token")
     _save(fig, figure, path)
 
 
 def alike_tokens(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
-    """Figure 9: shares of positive influence and of tokens by class, and one response, token by token."""
-    lasts = [own[-1] for own in _by_run(records).values()]
-    fig, axes = panels(2 * len(lasts), 6.0, 3.4)
-    for number, record in enumerate(lasts):
+    """Figure 9: shares of positive influence and of tokens by class, and one reply, token by token; of the last
+    checkpoint of each run, and beneath it of its replies to questions."""
+    drawn = []
+    for record in (own[-1] for own in _by_run(records).values()):
+        drawn.append((_stage(record), record))
+        of_questions = {key.removeprefix("questions: "): value for key, value in record.items() if "questions: " in key}
+        drawn += [(f"{_stage(record)}, questions", of_questions)] if of_questions else []
+    fig, axes = panels(2 * len(drawn), 6.0, 3.4, columns=2)
+    for number, (name, record) in enumerate(drawn):
         bar, words = axes[2 * number : 2 * number + 2]
         for offset, what in ((-0.2, "share of positive influence"), (0.2, "share of tokens")):
-            middle = [record.get(f"{kind}, {what}", [math.nan])[0] for kind in geometry.CLASSES]
-            bar.bar(np.arange(len(middle)) + offset, middle, 0.38, label=what)
+            shares = np.array([record.get(f"{kind}, {what}", [math.nan] * 3) for kind in geometry.CLASSES])
+            middle, low, high = shares.T
+            errors = np.nan_to_num([middle - low, high - middle])
+            bar.bar(np.arange(len(middle)) + offset, middle, 0.38, yerr=errors, capsize=2, label=what)
         bar.set_xticks(range(len(geometry.CLASSES)), geometry.CLASSES, rotation=20, ha="right", fontsize=8)
-        bar.set(title=f"{record['run']} {record['iteration']}")
+        bar.set(title=name if record["tokens"] else f"{name}: none both with a right and a wrong one")
         bar.legend(frameon=False, fontsize=8)
-        most = max((abs(value) for _, value in record["shown"]), default=1.0) or 1.0
-        line, column = 0, 0
-        for piece, value in record["shown"]:
-            piece = piece.replace("\n", " ").replace("$", r"\$")
-            if column + len(piece) > 52:
-                line, column = line + 1, 0
-            strength = math.copysign(abs(value / most) ** 0.3, value)  # few tokens have almost all of it
-            colour = matplotlib.colormaps["RdBu_r"](0.5 + strength / 2)
-            box = {"facecolor": colour, "edgecolor": "none", "pad": 1}
-            where = {"family": "monospace", "fontsize": 7, "transform": words.transAxes, "clip_on": True}
-            words.text(column / 54, 0.92 - 0.09 * line, piece, bbox=box, **where)
-            column += len(piece)
-        words.set(title="a flawed response: red is pulled up by good ones, blue down")
-        words.axis("off")
+        _coloured(words, record["shown"])
+        words.set(title="one reply: red is pulled up by better ones, blue down")
     _save(fig, figure, path)
+
+
+def _coloured(axis: pyplot.Axes, shown: Sequence[tuple[str, float]], wide: int = 52, high: int = 10) -> None:
+    """Pieces of text on colours of their values, as many as there is room for."""
+    axis.axis("off")
+    most = max((abs(value) for _, value in shown), default=1.0) or 1.0
+    line, column = 0, 0
+    for piece, value in shown:
+        piece = piece.replace("\n", " ").replace("$", r"\$")
+        if column + len(piece) > wide:
+            line, column = line + 1, 0
+        if line == high:
+            return
+        strength = math.copysign(abs(value / most) ** 0.3, value)  # few tokens have almost all of it
+        box = {"facecolor": matplotlib.colormaps["RdBu_r"](0.5 + strength / 2), "edgecolor": "none", "pad": 1}
+        where = {"family": "monospace", "fontsize": 7, "transform": axis.transAxes, "clip_on": True}
+        axis.text(column / (wide + 2), 0.92 - 0.09 * line, piece, bbox=box, **where)
+        column += len(piece)
 
 
 def layers(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
@@ -462,7 +491,7 @@ FIGURES = {
     "3b": Figure(
         "One step's influence on other steps (Figure 3b)",
         geometry.step_influence,
-        ("same action", "other action"),
+        tuple(f"{kind} action, reply{way}" for way in geometry.DIRECTIONS for kind in ("same", "other")),
         influence_map,
     ),
     "5": Figure(
@@ -470,6 +499,7 @@ FIGURES = {
         behaviour.consistency_by_label,
         ("start panel good", "start panel flawed", "start panel flawed of high consistency"),
         by_bins,
+        halfway=True,
         finish=behaviour.add_bins,
     ),
     "7": Figure("Success of runs side by side (Figure 7)", behaviour.final_success, ("L0",), bars, needs="eval.json"),

@@ -17,10 +17,11 @@ import functools
 import json
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Subject:
     panel: list[judge.Question]  # labelled steps of `start`
     folder: str = ""  # of its weights
     reference: str = ""  # the folder of the model that layers are compared with
-    questions: tuple[str, ...] = ()  # of another domain
+    questions: tuple[tuple[str, str | None], ...] = ()  # of another domain, with answers
 
     def sampling(self, number: int, salt: int) -> Sampling:
         """How the `number`th of a figure's replies is drawn."""
@@ -130,27 +131,34 @@ def consistencies(subject: Subject, steps: Sequence[Step], salt: int) -> np.ndar
 
 def repeat_consistency(subject: Subject) -> Numbers:
     """Figure 1: how consistently repeated actions are repeated, of the checkpoint's own repeats and of the panel's."""
+    own = _consistency_of_repeats(subject, subject.own)
+    panel = own if subject.start is subject.own else _consistency_of_repeats(subject, subject.start)
+    return {f"{name} {key}": value for name, found in (("own", own), ("panel", panel)) for key, value in found.items()}
+
+
+def _consistency_of_repeats(subject: Subject, episodes: Sequence[Episode]) -> Numbers:
+    """Of up to PROMPTS repeats by each count of telemetry.repeats: the mean consistency of the repeated action, the
+    share of high ones, and that of whichever action is taken most. The counts share their steps where they can."""
+    every = [(episode, index) for episode in episodes for index in range(len(episode.steps))]
+    random.Random(0).shuffle(every)
+    found: dict[str, list[tuple[int, Step]]] = {}
+    for how in get_args(Repeat):
+        repeated = {id(episode): repeats(episode, how) for episode in episodes}
+        chosen = [(episode.group, episode.steps[i]) for episode, i in every if repeated[id(episode)][i]]
+        found[how] = chosen[: min(PROMPTS, subject.config.judge.questions)]
+    steps = list({id(step): step for chosen in found.values() for _, step in chosen}.values())
+    actions = {id(step): taken for step, taken in zip(steps, resample(subject, steps, salt=1), strict=True)}
     numbers: Numbers = {}
-    for name, episodes in {"own": subject.own, "panel": subject.start}.items():
-        for how, suffix in (("state_action", ""), ("admissible", " by admissible actions")):
-            found = _repeated(episodes, how, min(PROMPTS, subject.config.judge.questions))
-            share_N = consistencies(subject, [step for _, step in found], salt=1)  # [N]
-            games = [game for game, _ in found]
-            numbers[f"{name} repeats{suffix}"] = len(found)
-            numbers[f"{name} consistency{suffix}"] = mean_of(share_N, games)
-            numbers[f"{name} share of high consistency{suffix}"] = mean_of(share_N >= HIGH, games)
+    for how, chosen in found.items():
+        suffix = "" if how == "state_action" else f" by {how}"
+        games = [game for game, _ in chosen]
+        share_N = np.array([actions[id(step)].count(step.action) / DRAWS for _, step in chosen])  # [N]
+        modal_N = [max(Counter(actions[id(step)]).values()) / DRAWS for _, step in chosen]  # [N]
+        numbers[f"repeats{suffix}"] = len(chosen)
+        numbers[f"consistency{suffix}"] = mean_of(share_N, games)
+        numbers[f"share of high consistency{suffix}"] = mean_of(share_N >= HIGH, games)
+        numbers[f"modal consistency{suffix}"] = mean_of(modal_N, games)
     return numbers
-
-
-def _repeated(episodes: Sequence[Episode], how: Repeat, most: int) -> list[tuple[int, Step]]:
-    """(game, step) of up to `most` repeated steps, drawn at random."""
-    found = [
-        (episode.group, step)
-        for episode in episodes
-        for step, repeat in zip(episode.steps, repeats(episode, how), strict=True)
-        if repeat
-    ]
-    return random.Random(0).sample(found, min(most, len(found)))
 
 
 def consistency_by_label(subject: Subject) -> Numbers:
@@ -158,15 +166,21 @@ def consistency_by_label(subject: Subject) -> Numbers:
     was at the start of each panel's first measurement."""
     numbers: Numbers = {"judge": subject.config.judge.teacher}
     for name, episodes in (("start", subject.start), ("halfway", subject.middle)):
-        steps, label_N, games_N, dropped = _judged(episodes, subject.config)
+        steps, games_N, labels = _judged(episodes, subject.config)
         share_N = consistencies(subject, steps, salt=3)  # [N]
         key = f"{name} panel"
-        numbers |= {f"{key} steps": len(steps), f"{key} dropped": dropped, f"{key} consistency": share_N.tolist()}
-        for label, kind in ((1, "good"), (0, "flawed")):
-            own_N = label_N == label  # [N]
-            numbers[f"{key} {kind}"] = mean_of(share_N[own_N], games_N[own_N])
-            numbers[f"{key} {kind} of high consistency"] = mean_of(share_N[own_N] >= HIGH, games_N[own_N])
-        numbers[f"{key} labels"], numbers[f"{key} games"] = label_N.tolist(), games_N.tolist()
+        numbers |= {
+            f"{key} steps": len(steps),
+            f"{key} consistency": share_N.tolist(),
+            f"{key} games": games_N.tolist(),
+        }
+        for suffix, label_N in labels.items():
+            numbers[f"{key} labels{suffix}"] = label_N.tolist()
+            numbers[f"{key} dropped{suffix}"] = int((label_N < 0).sum())
+            for label, kind in ((1, "good"), (0, "flawed")):
+                own_N = label_N == label  # [N]
+                numbers[f"{key} {kind}{suffix}"] = mean_of(share_N[own_N], games_N[own_N])
+                numbers[f"{key} {kind} of high consistency{suffix}"] = mean_of(share_N[own_N] >= HIGH, games_N[own_N])
         if name == "start" and subject.own is subject.start:  # another set of replies, to bin by
             numbers["bins"] = np.digitize(consistencies(subject, steps, salt=4), BINS[1:-1]).tolist()
     return numbers
@@ -187,19 +201,23 @@ def add_bins(records: Sequence[Numbers]) -> None:
                 record[key], record[f"{key} steps"] = mean_of(share_N[own_N], games_N[own_N]), int(own_N.sum())
 
 
-def _judged(episodes: Sequence[Episode], config: Config) -> tuple[list[Step], np.ndarray, np.ndarray, int]:
-    """Steps drawn at random with the teacher's verdicts [N], their games [N], and how many got none."""
+def _judged(episodes: Sequence[Episode], config: Config) -> tuple[list[Step], np.ndarray, dict[str, np.ndarray]]:
+    """Steps drawn at random, their games [N], and the teacher's verdicts [N], -1 for none; where it votes, those of the
+    majority, too, at no further cost: its answers are kept."""
     every = [(episode, index) for episode in episodes for index in range(len(episode.steps))]
     drawn = random.Random(0).sample(every, min(PROMPTS, config.judge.questions, len(every)))
     steps = [episode.steps[index] for episode, index in drawn]
+    verdicts: dict[str, list[int | None]] = {}
     if config.judge.teacher == "openai":
-        verdicts = judge.teacher_labels(judge.make_endpoint(config, 1, None), steps, config)
+        endpoint = judge.make_endpoint(config, 1, None)
+        for suffix, agreement in (("", config.judge.agreement), (" by majority", "majority")):
+            voting = dataclasses.replace(config, judge=dataclasses.replace(config.judge, agreement=agreement))
+            verdicts[suffix] = judge.teacher_labels(endpoint, steps, voting)
     else:
         known = {id(episode): judge.expert_labels(config.env, episode) for episode, _ in drawn}
-        verdicts = [known[id(episode)][index] for episode, index in drawn]
-    kept = [number for number, verdict in enumerate(verdicts) if verdict is not None]
-    games_N = np.array([drawn[number][0].group for number in kept])  # [N]
-    return [steps[i] for i in kept], np.array([verdicts[i] for i in kept]), games_N, len(steps) - len(kept)
+        verdicts[""] = [known[id(episode)][index] for episode, index in drawn]
+    labels = {suffix: np.array([-1 if one is None else one for one in found]) for suffix, found in verdicts.items()}
+    return steps, np.array([episode.group for episode, _ in drawn]), labels
 
 
 def num_actions(subject: Subject) -> Numbers:

@@ -5,9 +5,10 @@ equation 2; losses.coupling) except in Figure 3b, which takes the step and looks
 
 Decisions where the paper is silent: a sample's state is the mean of its hidden states after the final norm, over prompt
 and response; cosines stand beside those of states less their mean, for language models' states all point one way.
-Figure 3b's step is plain gradient ascent on the log-prob of one response, of one size for all responses: the one that
-it raises most it raises by 0.05 nat a token, to first order.  Figure 9 classes tokens by where they stand: tags, the
-action's words, names of objects, the rest of the thought.  Figure 10b puts every layer through the final norm and the
+Figure 3b's step is plain gradient ascent on the log-prob of one response (and Adam's first step, a variant), of one
+size for all responses: the one that it raises most it raises by 0.05 nat a token, to first order.  Figure 9 classes
+tokens by where they stand: tags, the action's words, names of objects, numbers, the rest of the thought; a reply to a
+question is right where its last number is the answer's.  Figure 10b puts every layer through the final norm and the
 reference's output layer.
 """
 
@@ -17,7 +18,9 @@ import dataclasses
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -33,8 +36,16 @@ from telemetry import error_parts, influences
 SIMILAR_SAMPLES = 200  # whose states are compared
 SOURCES, TARGETS = 12, 48  # of Figure 3b's steps
 SELF_CHANGE = 0.05  # nat per token, of the sample that is learned from
-CLASSES = ("tags", "action words", "object names", "reasoning", "other")
+DIRECTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of a step, from the gradient
+    "": lambda gradient: gradient,
+    ", Adam": lambda gradient: gradient / (gradient.abs() + 1e-8),
+}
+REPLIES = 8  # to a question, of which some may be right
+CLASSES = ("tags", "action words", "object names", "numbers", "reasoning", "other")
 OBJECT = re.compile(r"\b[a-z]+ \d+\b")
+ACTION = re.compile(r"<action>(.*?)(?:</action>|$)", re.DOTALL)
+TAG = re.compile(r"</?\w+>")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def row_of(step: Step) -> Row:
@@ -88,7 +99,7 @@ def embed_sim(subject: Subject) -> Numbers:
     for pooling, state_RH in found.items():
         numbers |= _cosines(state_RH, strata, game_R, pooling)
     if subject.questions:
-        rows = _answered(subject)
+        rows = [row for _, row in answered(subject, 1)]
         apart_RR = ~np.eye(len(rows), dtype=bool)  # [R, R]
         other = states(actor, rows, config.train.tokens_per_micro_batch)
         numbers["questions"] = len(rows)
@@ -120,14 +131,18 @@ def _cosines(state_RH: torch.Tensor, strata: dict[str, np.ndarray], game_R: np.n
     return numbers
 
 
-def _answered(subject: Subject) -> list[Row]:
-    """The questions as this model's prompts, with a reply of its own to each."""
+def answered(subject: Subject, replies: int) -> list[tuple[int, Row]]:
+    """The questions as this model's prompts, each by its number with so many replies of its own."""
     actor, rollout = subject.engine.actor, subject.config.rollout
-    prompt_ids = [actor.encode(question) for question in subject.questions]
-    prompt_ids = [ids for ids in prompt_ids if len(ids) <= rollout.max_prompt_tokens]
-    sampling = [subject.sampling(number, salt=5) for number in range(len(prompt_ids))]
-    samples = subject.engine.generate(prompt_ids, sampling)
-    return [Row(np.array(ids), np.array(one.ids)) for ids, one in zip(prompt_ids, samples, strict=True) if one.ids]
+    prompts = {number: actor.encode(question) for number, (question, _) in enumerate(subject.questions)}
+    asked = [number for number, ids in prompts.items() if len(ids) <= rollout.max_prompt_tokens] * replies
+    sampling = [subject.sampling(number, salt=5) for number in range(len(asked))]
+    samples = subject.engine.generate([prompts[number] for number in asked], sampling)
+    return [
+        (number, Row(np.array(prompts[number]), np.array(sample.ids)))
+        for number, sample in zip(asked, samples, strict=True)
+        if sample.ids
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,46 +150,67 @@ def _answered(subject: Subject) -> list[Row]:
 
 
 def step_influence(subject: Subject) -> Numbers:
-    """Figure 3b: how the mean log-prob per token of other steps' responses changes by one step of gradient ascent on
-    one response, by the kinds of both actions; different prompts alone. The weights are put back."""
+    """Figure 3b: how other steps' replies change by one step of gradient ascent on one reply, by the kinds of both
+    actions; different prompts alone. In mean log-prob per token of the reply (the map's), and of the action's words,
+    and in these words' probability. The weights are put back."""
     config = subject.config
     all_trained = dataclasses.replace(config.model, tune="full", shard="never")
     whole = dataclasses.replace(config, model=all_trained)
     actor = load_actor(whole, path=subject.folder)  # in float32: the steps are small
     drawn = draw_steps(subject.own, min(TARGETS, config.judge.questions))
-    steps, rows = [step for _, step in drawn], [row_of(step) for _, step in drawn]
-    kinds = [kind_of(step.action) for step in steps]
-    before_R = _mean_logprobs(actor, rows, config)  # [R]
+    rows, kinds = [row_of(step) for _, step in drawn], np.array([kind_of(step.action) for _, step in drawn])  # [R]
+    differ_RR = np.array([[not np.array_equal(a.prompt_ids, b.prompt_ids) for b in rows] for a in rows])  # [R, R]
+    before = likelihoods(actor, rows, config)
     kept = {name: weight.detach().cpu().clone() for name, weight in actor.model.named_parameters()}
     sources = range(min(SOURCES, len(rows)))
-    size = SELF_CHANGE / max(_first_order_gain(actor, rows[source], config) for source in sources)
-    changes, halves, own = [], [], []
+    sizes = step_sizes(actor, [rows[source] for source in sources], config)
+    moves = {way: (direction, sizes[way]) for way, direction in DIRECTIONS.items()}
+    moves |= {f"{way}, a tenth": (direction, size / 10) for way, (direction, size) in moves.items()}
+    changes: dict[str, list[np.ndarray]] = defaultdict(list)  # what is measured -> of each source, [R]
     for source in tqdm(sources, desc="steps", leave=False):
-        change_R = _step(actor, kept, rows, source, size, config) - before_R  # [R]
-        tenth_R = _step(actor, kept, rows, source, size / 10, config) - before_R  # [R]
-        others_R = np.array([row.prompt_ids.tolist() != rows[source].prompt_ids.tolist() for row in rows])  # [R]
-        changes.append(np.where(others_R, change_R, np.nan))
-        own.append(change_R[source])
-        halves.append(np.abs(change_R[others_R]).sum() / (10 * np.abs(tenth_R[others_R]).sum()))
-    change_SR = np.array(changes)  # [S, R]
-    names = sorted(set(kinds))
+        gradients = _gradients(actor, rows[source], config)
+        for move, (direction, size) in moves.items():
+            with stepped(actor, kept, [size * direction(gradient) for gradient in gradients]):
+                after = likelihoods(actor, rows, config)
+            for what, after_R in after.items():
+                changes[what + move].append(after_R - before[what])
+    numbers: Numbers = {"steps": len(rows), "sources": len(sources)}
+    games = np.array([drawn[source][0].group for source in sources])  # [S]
+    same_SR = (kinds[:, None] == kinds)[: len(sources)]  # [S, R]
+    for name, change in changes.items():
+        change_SR = np.where(differ_RR[: len(sources)], change, np.nan)  # [S, R]
+        numbers[f"same action, {name}"] = mean_of(_row_means(change_SR, same_SR), games)
+        numbers[f"other action, {name}"] = mean_of(_row_means(change_SR, ~same_SR), games)
+        numbers[f"cells, {name}"] = _cells(change_SR, kinds)
+    for way in DIRECTIONS:
+        one_SR, tenth_SR = (np.abs(changes[f"reply{way}{note}"]) for note in ("", ", a tenth"))  # [S, R] each
+        numbers[f"own change{way}"] = float(np.mean([one_SR[source, source] for source in sources]))
+        ratios = (one_SR * differ_RR[: len(sources)]).sum(1) / (10 * tenth_SR * differ_RR[: len(sources)]).sum(1)
+        numbers[f"change / 10 x change by a tenth{way}"] = float(np.median(ratios))
+    return numbers
+
+
+@contextmanager
+def stepped(actor: Actor, kept: dict[str, torch.Tensor], moves: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The actor's weights moved, then as they were `kept`."""
+    with torch.no_grad():
+        for weight, move in zip(actor.model.parameters(), moves, strict=True):
+            weight += move
+        yield
+        for name, weight in actor.model.named_parameters():
+            weight.copy_(kept[name])
+
+
+def _cells(change_SR: np.ndarray, kinds_R: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    """[mean change, pairs] by the kind of the source and of the target; the sources are the first of the targets."""
     cells: dict[str, dict[str, list[float]]] = {}
-    for first in names:
-        for second in names:
-            block = change_SR[[kinds[s] == first for s in range(len(changes))]][:, [kind == second for kind in kinds]]
+    for first in np.unique(kinds_R[: len(change_SR)]):
+        for second in np.unique(kinds_R):
+            block = change_SR[kinds_R[: len(change_SR)] == first][:, kinds_R == second]
             if np.isfinite(block).any():
-                cells.setdefault(first, {})[second] = [float(np.nanmean(block)), int(np.isfinite(block).sum())]
-    same = np.array([[kinds[s] == kind for kind in kinds] for s in range(len(changes))])  # [S, R]
-    games = np.array([drawn[s][0].group for s in range(len(changes))])  # [S]
-    return {
-        "steps": len(rows),
-        "sources": len(changes),
-        "own change": float(np.mean(own)),
-        "change / 10 x change by a tenth": float(np.median(halves)),
-        "same action": mean_of(_row_means(change_SR, same), games),
-        "other action": mean_of(_row_means(change_SR, ~same), games),
-        "cells": cells,
-    }
+                pairs = int(np.isfinite(block).sum())
+                cells.setdefault(str(first), {})[str(second)] = [float(np.nanmean(block)), pairs]
+    return cells
 
 
 def kind_of(action: str) -> str:
@@ -188,36 +224,34 @@ def _row_means(value_SR: np.ndarray, where_SR: np.ndarray) -> np.ndarray:
     return np.where(chosen_SR, value_SR, 0).sum(1) / chosen_SR.sum(1).clip(min=1)
 
 
-def _mean_logprobs(actor: Actor, rows: Sequence[Row], config: Config) -> np.ndarray:
-    """Nat per response token of each row: float64 [R]."""
+def likelihoods(actor: Actor, rows: Sequence[Row], config: Config) -> dict[str, np.ndarray]:
+    """Of each reply, float64 [R]: nat per token, nat per token of the action's words, and these words' probability;
+    the latter are nan without such words."""
     found = all_logprobs(actor, rows, config.train.tokens_per_micro_batch, config.rollout.temperature)
-    return np.array([logprobs.astype(np.float64).mean() for logprobs in found])
+    words = [action_tokens(pieces_of(actor, row.response_ids)) for row in rows]
+    own = [logprobs.astype(np.float64)[where] for logprobs, where in zip(found, words, strict=True)]  # of [T] the words
+    return {
+        "reply": np.array([logprobs.astype(np.float64).mean() for logprobs in found]),
+        "action": np.array([logprobs.mean() if len(logprobs) else np.nan for logprobs in own]),
+        "probability": np.array([np.exp(logprobs.sum()) if len(logprobs) else np.nan for logprobs in own]),
+    }
+
+
+def step_sizes(actor: Actor, rows: Sequence[Row], config: Config) -> dict[str, float]:
+    """Of each of DIRECTIONS the step's size: the reply that rises most rises by SELF_CHANGE, to first order."""
+    gains: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        gradients = _gradients(actor, row, config)
+        for way, direction in DIRECTIONS.items():
+            gain = sum(float((gradient.double() * direction(gradient)).sum()) for gradient in gradients)
+            gains[way].append(max(gain / len(row.response_ids), 1e-12))
+    return {way: SELF_CHANGE / max(each) for way, each in gains.items()}
 
 
 def _gradients(actor: Actor, row: Row, config: Config) -> list[torch.Tensor]:
-    """Of the log-prob of a response, by every parameter."""
+    """Of the log-prob of a reply, by every parameter."""
     logp_T, _ = token_logprobs(actor, [row], config.rollout.temperature)  # [T]
     return list(torch.autograd.grad(logp_T.sum(), list(actor.model.parameters())))
-
-
-def _first_order_gain(actor: Actor, row: Row, config: Config) -> float:
-    """Nat per token that a unit step on a response gives it."""
-    square = sum(float((gradient.double() ** 2).sum()) for gradient in _gradients(actor, row, config))
-    return max(square / len(row.response_ids), 1e-12)
-
-
-def _step(
-    actor: Actor, kept: dict[str, torch.Tensor], rows: Sequence[Row], source: int, size: float, config: Config
-) -> np.ndarray:
-    """_mean_logprobs after a step on row `source`; the weights are put back."""
-    gradients = _gradients(actor, rows[source], config)
-    with torch.no_grad():
-        for weight, gradient in zip(actor.model.parameters(), gradients, strict=True):
-            weight += size * gradient
-        after_R = _mean_logprobs(actor, rows, config)  # [R]
-        for name, weight in actor.model.named_parameters():
-            weight.copy_(kept[name])
-    return after_R
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,37 +281,60 @@ def coupling_gaps(subject: Subject) -> Numbers:
 
 
 def similar_tokens(subject: Subject) -> Numbers:
-    """Figure 9: which tokens of flawed actions are pulled along by good ones of the same game: each token's influence,
-    its share of all that is positive by class, and one flawed response to show."""
-    panel, config, actor = subject.panel, subject.config, subject.engine.actor
-    games: dict[int, list[Step]] = defaultdict(list)
-    for question in panel:
-        games[question.group].append(question.step)
-    pulls: list[tuple[int, str, float]] = []  # game, class, influence
+    """Figure 9: which tokens of flawed actions are pulled along by good ones of the same game; and, where questions
+    with answers are given, which tokens of wrong replies are by right ones to the same question."""
+    games: dict[int, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))  # flawed, good
+    for question in subject.panel:
+        games[question.group][question.step.label].append(row_of(question.step))
+    numbers = pulled_tokens(subject, games)
+    answers = [answer for _, answer in subject.questions]
+    if any(answers):
+        replies: dict[int, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))
+        for number, row in answered(subject, REPLIES):
+            if answers[number]:
+                said = subject.engine.actor.decode(row.response_ids)
+                replies[number][is_right(said, answers[number])].append(row)
+        found = pulled_tokens(subject, replies, to_question=True)
+        numbers |= {f"questions: {key}": value for key, value in found.items()}
+    return numbers
+
+
+def is_right(reply: str, answer: str) -> bool:
+    """Whether both end in the same number."""
+    numbers = [NUMBER.findall(text) for text in (reply, answer)]
+    said, true = (float(found[-1].replace(",", "")) if found else None for found in numbers)
+    return said is not None and said == true
+
+
+def pulled_tokens(
+    subject: Subject, groups: dict[int, tuple[list[Row], list[Row]]], to_question: bool = False
+) -> Numbers:
+    """Of (flawed, good) replies by group: by class of the flawed ones' tokens their share of all positive influence by
+    the good ones, with its interval over groups, and their mean; and the reply to show, which has the most of it."""
+    config, actor = subject.config, subject.engine.actor
+    pulls: list[tuple[int, str, float]] = []  # group, class, influence
     shown: list[tuple[str, float]] = []
-    for game, steps in games.items():
-        good = [step for step in steps if step.label]
-        for flawed in (step for step in steps if not step.label and good):
-            rows = [row_of(step) for step in (flawed, *good)]
-            pull_T = token_influences(actor, rows, config)  # [T]
-            pieces = pieces_of(actor, flawed.response_ids)
-            classes = token_classes(pieces)
-            pulls += [(game, kind, value) for kind, value in zip(classes, pull_T, strict=True)]
+    for group, (flawed, good) in groups.items():
+        for row in flawed if good else ():
+            pull_T = token_influences(actor, [row, *good], config)  # [T]
+            pieces = pieces_of(actor, row.response_ids)
+            classes = token_classes(pieces, to_question)
+            pulls += [(group, kind, value) for kind, value in zip(classes, pull_T, strict=True)]
             example = [(piece, float(value)) for piece, value in zip(pieces, pull_T, strict=True)]
             if sum(max(0.0, value) for _, value in example) > sum(max(0.0, value) for _, value in shown):
                 shown = example
     numbers: Numbers = {"tokens": len(pulls), "shown": shown}
     if not pulls:
         return numbers
-    game_T, kind_T, value_T = (np.array(one) for one in zip(*pulls, strict=True))  # [T] each
+    group_T, kind_T, value_T = (np.array(one) for one in zip(*pulls, strict=True))  # [T] each
     positive_T = value_T.clip(min=0)  # [T]
     for kind in CLASSES:
         own_T = kind_T == kind  # [T]
         numbers[f"{kind}, share of positive influence"] = interval(
-            lambda times, own_T=own_T: float((times * positive_T * own_T).sum() / (times * positive_T).sum()), game_T
+            lambda times, own_T=own_T: float((times * positive_T * own_T).sum() / (times * positive_T).sum()), group_T
         )
-        numbers[f"{kind}, mean influence"] = mean_of(value_T[own_T], game_T[own_T])
-        numbers[f"{kind}, share of tokens"] = mean_of(own_T, game_T)
+        numbers[f"{kind}, mean influence"] = mean_of(value_T[own_T], group_T[own_T])
+        numbers[f"{kind}, share of tokens"] = mean_of(own_T, group_T)
     return numbers
 
 
@@ -299,28 +356,39 @@ def pieces_of(actor: Actor, ids: Sequence[int]) -> list[str]:
     return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]
 
 
-def token_classes(pieces: Sequence[str]) -> list[str]:
-    """The class of each piece of a reply, by the character in its middle."""
+def token_classes(pieces: Sequence[str], to_question: bool = False) -> list[str]:
+    """The class of each piece of a reply, by the character in its middle. Replies to questions reason outside tags and
+    speak of no objects."""
     text = "".join(pieces)
-    kinds = ["other"] * len(text)
+    kinds = ["reasoning" if to_question else "other"] * len(text)
 
     def mark(start: int, end: int, kind: str) -> None:
         kinds[start:end] = [kind] * (end - start)
 
-    for tag, kind in (("action", "action words"), (r"think|planning|explore|reflection|monitor", "reasoning")):
-        for found in re.finditer(rf"<({tag})>(.*?)(</\1>|$)", text, re.DOTALL):
-            mark(*found.span(2), kind)
-    for found in OBJECT.finditer(text):
-        mark(*found.span(), "object names")
-    for found in re.finditer(r"</?\w+>", text):
-        mark(*found.span(), "tags")
-    classes, position = [], 0
-    for piece in pieces:
-        middle = position + len(piece) // 2
-        special = re.fullmatch(r"\s*<\|.*\|>\s*", piece)
-        classes.append("other" if special or not piece or middle >= len(kinds) else kinds[middle])
-        position += len(piece)
-    return classes
+    for found in re.finditer(r"<(think|planning|explore|reflection|monitor)>(.*?)(</\1>|$)", text, re.DOTALL):
+        mark(*found.span(2), "reasoning")
+    for found in ACTION.finditer(text):
+        mark(*found.span(1), "action words")
+    for pattern, kind in ((NUMBER, "numbers"), (OBJECT, "object names"), (TAG, "tags")):
+        for found in pattern.finditer(text) if kind != "object names" or not to_question else ():
+            mark(*found.span(), kind)
+    return [
+        "other" if at >= len(kinds) or re.fullmatch(r"\s*<\|.*\|>\s*|", piece) else kinds[at]
+        for at, piece in zip(_middles(pieces), pieces, strict=True)
+    ]
+
+
+def action_tokens(pieces: Sequence[str]) -> list[int]:
+    """Which pieces of a reply are its action's words."""
+    found = ACTION.search("".join(pieces))
+    start, end = found.span(1) if found else (0, 0)
+    return [number for number, at in enumerate(_middles(pieces)) if start <= at < end and pieces[number]]
+
+
+def _middles(pieces: Sequence[str]) -> list[int]:
+    """Where in the text the middle of each piece is."""
+    ends = accumulate(len(piece) for piece in pieces)
+    return [end - len(piece) + len(piece) // 2 for end, piece in zip(ends, pieces, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -87,10 +87,38 @@ def test_token_influences_add_up_to_the_rows(subject):
 
 
 def test_classes_of_tokens():
-    pieces = ["<think>", "Need", " mug 1", ".", "</think>", "<action>", "go to", " desk 2", "</action>", ""]
-    thought = ["tags", "reasoning", "object names", "reasoning", "tags"]
+    pieces = ["<think>", "Need", " mug 1", ".", " 12", "</think>", "<action>", "go to", " desk 2", "</action>", ""]
+    thought = ["tags", "reasoning", "object names", "reasoning", "numbers", "tags"]
     assert geometry.token_classes(pieces) == [*thought, "tags", "action words", "object names", "tags", "other"]
     assert geometry.token_classes(["<action>", "look", "<|im_end|>"]) == ["tags", "action words", "other"]
+    assert geometry.token_classes(["It", " is", " 3", "."], to_question=True) == ["reasoning"] * 2 + [
+        "numbers",
+        "reasoning",
+    ]
+    assert geometry.action_tokens(pieces) == [7, 8] and geometry.action_tokens(["<action>", "look", "<|e|>"]) == [1, 2]
+    assert geometry.action_tokens(["no", " action"]) == []
+
+
+def test_an_answer_is_right_by_its_last_number():
+    assert geometry.is_right("First 3, then 1,072.", "... so #### 1072")
+    assert geometry.is_right("It is -4.50", "-4.5")
+    assert not geometry.is_right("7 of 3", "7") and not geometry.is_right("none", "7")
+
+
+def test_likelihood_of_a_reply_and_of_its_action(subject):
+    actor, config = subject.engine.actor, subject.config
+    replies = ["<think>Need mug 1.</think><action>go to desk 2</action>", "no action at all"]
+    rows = [Row(np.array(actor.encode("A room.")), np.array(actor.encode_reply(reply))) for reply in replies]
+    found = geometry.likelihoods(actor, rows, config)
+    with torch.no_grad():
+        logp_T = model.token_logprobs(actor, rows[:1], config.rollout.temperature)[0].double().numpy()  # [T]
+    pieces = geometry.pieces_of(actor, rows[0].response_ids)
+    words = ["go" in piece or "to" in piece or "desk" in piece or "2" in piece for piece in pieces]
+    assert "".join(np.array(pieces)[words]).strip() == "go to desk 2"
+    assert found["reply"][0] == pytest.approx(logp_T.mean(), abs=1e-5)
+    assert found["action"][0] == pytest.approx(logp_T[words].mean(), abs=1e-5)
+    assert found["probability"][0] == pytest.approx(np.exp(logp_T[words].sum()), rel=1e-4)
+    assert np.isfinite(found["reply"][1]) and np.isnan([found["action"][1], found["probability"][1]]).all()
 
 
 def test_pieces_are_the_reply(subject):
@@ -129,22 +157,18 @@ def test_a_step_moves_others_as_their_gradients_say_and_is_undone(subject):
     found = geometry.step_influence(subject)
     assert tiny.distance(before, tiny.weights_of(subject.folder)) == 0
     assert found["sources"] == found["steps"] == 3
-    assert 0 < found["own change"] < 1.5 * geometry.SELF_CHANGE
-    assert found["change / 10 x change by a tenth"] == pytest.approx(1, abs=0.3)
     actor = model.load_actor(subject.config)
     rows = [geometry.row_of(step) for _, step in geometry.draw_steps(subject.own, 10)]
     gradients = [torch.cat([g.flatten() for g in geometry._gradients(actor, row, subject.config)]) for row in rows]
-    size = geometry.SELF_CHANGE / max(
-        float(g @ g) / len(row.response_ids) for g, row in zip(gradients, rows, strict=True)
-    )
-    moved = [
-        size * float(gradients[i] @ gradients[j]) / len(rows[j].response_ids)
-        for i in range(3)
-        for j in range(3)
-        if i != j
-    ]
-    cell, pairs = found["cells"]["take"]["take"]
-    assert pairs == 6 and cell == pytest.approx(np.mean(moved), rel=0.3, abs=2e-4)
+    for way, direct in {"": lambda g: g, ", Adam": torch.sign}.items():
+        assert 0 < found[f"own change{way}"] < 1.5 * geometry.SELF_CHANGE
+        assert found[f"change / 10 x change by a tenth{way}"] == pytest.approx(1, abs=0.3)
+        gain_RR = torch.stack([torch.stack([g @ direct(other) for g in gradients]) for other in gradients])  # [R, R]
+        gain_RR /= torch.tensor([len(row.response_ids) for row in rows])
+        moved = geometry.SELF_CHANGE * gain_RR / gain_RR.diagonal().max()  # [R, R]
+        cell, pairs = found[f"cells, reply{way}, a tenth"]["take"]["take"]
+        assert pairs == 6 and 10 * cell == pytest.approx(float(moved[~torch.eye(3, dtype=bool)].mean()), rel=0.1)
+    assert "cells, action" in found and found["cells, action"] == {}  # none of these replies has an action
 
 
 def test_a_model_has_not_drifted_from_itself(subject):
@@ -261,7 +285,7 @@ def test_every_figure_of_two_runs_from_one_start(small_games, tmp_path):
     plain = tiny.copy(tmp_path / "runs/gcd", tmp_path / "runs/plain") / "config.yaml"
     plain.write_text(plain.read_text().replace("judge:\n  enabled: true", "judge:\n  enabled: false"))
     asked = tmp_path / "questions.jsonl"
-    asked.write_text("".join(json.dumps({"question": f"What is {one} and {one}?"}) + "\n" for one in range(4)))
+    asked.write_text("".join(json.dumps({"question": f"What is {n}?", "answer": f"{n}"}) + "\n" for n in range(4)))
     names = list(analysis.FIGURES)
     command = ["analysis.py", "runs/plain", "runs/gcd", "--figures", *names, "--games", "6", "--steps", "12"]
     printed = tiny.run(*command, "--questions", asked, cwd=tmp_path, timeout=900)
@@ -279,9 +303,13 @@ def test_every_figure_of_two_runs_from_one_start(small_games, tmp_path):
         assert records[0][number] == records[2][number] != records[3][number]
         middle, low, high = records[0][number]
         assert low <= middle <= high
+    (alike,) = [one for one in figures["9"]["checkpoints"] if one["run"] == "gcd" and one["iteration"] == 2]
+    shares = [alike[f"{kind}, share of positive influence"][0] for kind in geometry.CLASSES]
+    assert sum(shares) == pytest.approx(1) and "questions: tokens" in alike
     first = figures["1"]["checkpoints"]
     assert first[0]["own consistency"] == first[0]["panel consistency"]  # its own repeats are the panel
     assert first[0]["panel repeats"] == first[1]["panel repeats"]
+    assert first[0]["own repeats by action_any"] >= first[0]["own repeats"]
     assert figures["7"]["checkpoints"][0]["L0"] == [0.5, 0.4, 0.6]
     assert figures["11"]["checkpoints"][0]["iterations"] == [1, 2]
     assert figures["11"]["checkpoints"][0]["eval/L0"][0][0] == 2

@@ -18,7 +18,6 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-import prompts
 import report
 import svg
 
