@@ -44,7 +44,7 @@ import teacher
 from behaviour import Numbers, Subject
 from config import Config, ConfigError
 from model import load_actor
-from ranks import join_ranks
+from ranks import join_ranks, progress_bar
 from rollout import Engine, Episode, make_engine, sync
 
 QUESTIONS = 100  # of a file, at most
@@ -157,7 +157,7 @@ def of_models(
             reference,
             questions,
         )
-        for name, figure in tqdm(figures.items(), desc=f"{shot.run} {shot.iteration}", unit=" figures", leave=False):
+        for name, figure in progress_bar(figures.items(), desc=f"{shot.run} {shot.iteration}", unit=" figures"):
             key = (name, shot.folder, halfway if figure.halfway else "")
             if key not in measured:
                 began = time.monotonic()

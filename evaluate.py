@@ -31,12 +31,12 @@ import config as configuration  # before torch: it sets the number of threads
 
 # isort: split
 import numpy as np
-from tqdm import tqdm
 
 import envs
 from config import Config, ConfigError
 from model import load_actor
 from ranks import gather, join_ranks
+from records import episode_bar
 from rollout import Engine, Episode, collect, make_engine
 from telemetry import repeats
 
@@ -73,7 +73,7 @@ def main() -> None:
     rules = json.loads(rules_file.read_text()) if rules_file.is_file() else []
     engine = make_engine(config, actor)
     started = time.monotonic()
-    results, episodes = evaluate_levels(engine, config, rules, show=rank == 0)
+    results, episodes = evaluate_levels(engine, config, rules)
     if "L2" in results:
         results["L2"]["trained_on"] = sorted(configuration.trained_types(arguments.ckpt).keys() & config.env.held_out)
     if rank == 0:
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def evaluate_levels(
-    engine: Engine, config: Config, rules: Sequence[str], show: bool = False, pool: Sequence[Any] = ()
+    engine: Engine, config: Config, rules: Sequence[str], pool: Sequence[Any] = ()
 ) -> tuple[dict[str, dict], list[Episode]]:
     """Play every level of config.eval; results by level and all episodes, the same on every rank and world size.
 
@@ -112,9 +112,7 @@ def evaluate_levels(
         mine = games[share] if engine.leads else []
         in_flight = min(config.rollout.concurrency, max(1, len(mine) * config.eval.seeds))
         pool = pool or [envs.make_env(config.env) for _ in range(in_flight)]
-        with tqdm(
-            total=len(mine) * config.eval.seeds, desc=level, unit=" episodes", disable=not show, mininterval=2
-        ) as bar:
+        with episode_bar(len(mine) * config.eval.seeds, level) as ended:
             episodes = collect(
                 engine,
                 pool,
@@ -125,7 +123,7 @@ def evaluate_levels(
                 members=config.eval.seeds,
                 temperature=config.eval.temperature,
                 suggestions=rules,
-                on_episode=lambda _: bar.update(),
+                on_episode=ended,
             )
         episodes = gather(episodes)
         expected = len(games) * config.eval.seeds

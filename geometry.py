@@ -24,12 +24,12 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import losses
 from behaviour import Numbers, Subject, interval, mean_of
 from config import Config
 from model import Actor, Row, all_logprobs, last_hidden, load_actor, micro_batches, token_logprobs
+from ranks import progress_bar
 from rollout import Episode, Step
 from telemetry import error_parts, influences
 
@@ -167,7 +167,7 @@ def step_influence(subject: Subject) -> Numbers:
     moves = {way: (direction, sizes[way]) for way, direction in DIRECTIONS.items()}
     moves |= {f"{way}, a tenth": (direction, size / 10) for way, (direction, size) in moves.items()}
     changes: dict[str, list[np.ndarray]] = defaultdict(list)  # what is measured -> of each source, [R]
-    for source in tqdm(sources, desc="steps", leave=False):
+    for source in progress_bar(sources, desc="Figure 3b", unit=" steps"):
         gradients = _gradients(actor, rows[source], config)
         for move, (direction, size) in moves.items():
             with stepped(actor, kept, [size * direction(gradient) for gradient in gradients]):

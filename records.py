@@ -95,11 +95,11 @@ class Clock:
 
 
 @contextmanager
-def episode_bar(total: int) -> Iterator[Callable[[Episode], None]]:
+def episode_bar(total: int, name: str = "collect") -> Iterator[Callable[[Episode], None]]:
     """What to call with each episode that ends: a bar with the success rate and sampled tokens per second so far."""
     won = tokens = 0
     began = time.monotonic()
-    with progress_bar(total=total, desc="collect", unit=" episodes") as bar:
+    with progress_bar(total=total, desc=name, unit=" episodes") as bar:
 
         def ended(episode: Episode) -> None:
             nonlocal won, tokens

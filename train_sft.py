@@ -51,7 +51,7 @@ from model import (
     save_model,
     token_logprobs,
 )
-from ranks import aligned, join_ranks, make_optimizer, step, whole
+from ranks import aligned, join_ranks, make_optimizer, progress_bar, step, whole
 from teacher import Teacher, check_key
 from thoughts import ADVICE, SCIENCE_ADVICE, Situation, critique, need, places, reply, thought
 
@@ -341,7 +341,7 @@ def rows_file(config: Config) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         with partial.open("w") as file:
-            for row in tqdm(make_rows(config), desc="cold-start rows", unit=" rows", mininterval=2):
+            for row in progress_bar(make_rows(config), desc="cold-start rows", unit=" rows"):
                 file.write(json.dumps(row) + "\n")
         partial.rename(path)
     return path
@@ -469,10 +469,10 @@ def train(actor: Actor, rows: Sequence[dict], config: Config, head: torch.nn.Lin
     rng = random.Random(f"epochs {config.seed}")
     batches = [(epoch, batch) for epoch in range(sft.epochs) for batch in updates(rows, sft.rows_per_update, rng)]
     ready = functools.lru_cache(maxsize=None)(lambda index: tokenise(actor, rows[index], sft.prompt_loss))
-    progress = tqdm(batches, desc=f"SFT {config.name}", unit=" updates", disable=rank != 0, mininterval=2)
+    bar = progress_bar(batches, desc=f"SFT {config.name}", unit=" updates")
     started = time.monotonic()
     actor.model.train()
-    for done, (epoch, batch) in enumerate(progress, 1):
+    for done, (epoch, batch) in enumerate(bar, 1):
         mine = batch[rank::world]
         own = [ready(index) for index in mine if "label" not in rows[index]]
         judged = [index for index in mine if "label" in rows[index]]
@@ -516,8 +516,11 @@ def train(actor: Actor, rows: Sequence[dict], config: Config, head: torch.nn.Lin
                 "train/lr": schedule.get_last_lr()[0],
                 "time/total": time.monotonic() - started,
             }
-            progress.set_postfix(nll=f"{record['train/nll_per_token']:.3f}")
+            bar.set_postfix(nll=f"{record['train/nll_per_token']:.3f}")
             if rank == 0:
+                if bar.disable:  # no terminal
+                    nll, seconds = record["train/nll_per_token"], record["time/total"]
+                    print(f"{done:6d}/{len(batches)}  nll {nll:.3f}  grad {norm:.2f}  {seconds:.0f} s", flush=True)
                 with (config.run_dir / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(record) + "\n")
     actor.model.eval()
