@@ -20,6 +20,7 @@ from torch import Tensor
 
 from config import AlgoConfig
 
+COUPLED_TOKENS = 4096  # of which the coupling with all others is computed at a time
 MAX_LOG_RATIO = 20.0  # exponents are clamped to +-this: no inf in a loss, hence no 0 * inf = nan in its gradient
 
 
@@ -353,11 +354,16 @@ def couplings(hidden_TH: Tensor, errors: Iterable[Tensor], row_T: Tensor) -> Ten
 
     `errors` are parts of error_TV, [T, some of V], which need not exist at once.
     """
-    alike_TT = sum(error_TC @ error_TC.T for error_TC in errors)  # [T, T]
-    alike_TT *= hidden_TH @ hidden_TH.T
+    tokens = len(row_T)
+    alike_TT = hidden_TH.new_zeros(tokens, tokens)  # [T, T] the one large matrix
+    for error_TC in errors:
+        alike_TT.addmm_(error_TC, error_TC.T)
     _, index_T = torch.unique(row_T, return_inverse=True)  # [T]
     rows = int(index_T.max()) + 1
-    half_RT = alike_TT.new_zeros(rows, len(index_T)).index_add(0, index_T, alike_TT)  # [R, T]
+    half_RT = alike_TT.new_zeros(rows, tokens)  # [R, T]
+    parts = (one.split(COUPLED_TOKENS) for one in (alike_TT, hidden_TH, index_T))
+    for alike_PT, hidden_PH, index_P in zip(*parts, strict=True):
+        half_RT.index_add_(0, index_P, alike_PT * (hidden_PH @ hidden_TH.T))
     return alike_TT.new_zeros(rows, rows).index_add(1, index_T, half_RT)  # [R, R]
 
 

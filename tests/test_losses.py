@@ -638,7 +638,8 @@ def test_coupling_by_hand():
     assert found == pytest.approx(1.2)  # (.1 + .1) * 6
 
 
-def test_couplings_are_all_pairs_with_the_vocabulary_in_parts():
+def test_couplings_are_all_pairs_with_tokens_and_vocabulary_in_parts(monkeypatch):
+    monkeypatch.setattr(losses, "COUPLED_TOKENS", 2)
     head, each = responses()
     errors = [error(head, *one) for one in each]
     expected = [
