@@ -12,8 +12,9 @@
 kept: each plays --games games of --level's evaluation list twice, at the training temperature and without guidelines.
 Runs that started from the same model share its episodes as panel.  Where steps need labels, the paper's rules give
 them, and --teacher where these say nothing (Figure 5: --teacher alone); half of the --steps drawn are good.  10b
-compares the last model of each run with that of the first.  Intervals are 95 % bootstraps over games.  behaviour.py and
-geometry.py say what is measured, and what of that the paper leaves open; theory.py draws Figure 4.
+compares the last model of each run with that of the first; of a single run, with its start.  --questions adds another
+domain to 3a, and to 9 if they have answers.  Intervals are 95 % bootstraps over games.  behaviour.py and geometry.py
+say what is measured, and what of that the paper leaves open; theory.py draws Figure 4.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def of_models(
     for folder in tqdm(folders, desc="play", unit=" models"):
         engine = load(folder)
         played[folder] = behaviour.play(engine, config, level)
-    reference = [shot for shot in shots if shot.run == shots[0].run][-1].folder
+    several = len({shot.run for shot in shots}) > 1  # layers are compared with the first run's end, or a run's start
+    reference = [shot for shot in shots if shot.run == shots[0].run][-1 if several else 0].folder
     measured: dict[tuple[str, str, str], Numbers] = {}
     found: dict[str, list[Numbers]] = {name: [] for name in figures}
     panels = {start: behaviour.labelled_panel(played[start], config) for start in {shot.start for shot in shots}}
@@ -324,9 +326,9 @@ def bars(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
     fig, axes = panels(len(levels))
     for axis, level in zip(axes, levels, strict=True):
         middle, low, high = np.array([record.get(level, [math.nan] * 3) for record in records]).T
-        axis.bar(range(len(records)), middle, yerr=np.nan_to_num([middle - low, high - middle]), capsize=3)
+        axis.bar(range(len(records)), middle, 0.7, yerr=np.nan_to_num([middle - low, high - middle]), capsize=3)
         axis.set_xticks(range(len(records)), [record["run"] for record in records], rotation=25, ha="right", fontsize=7)
-        axis.set(title=f"success on {level}", ylim=(0, 1))
+        axis.set(title=f"success on {level}", xlim=(-0.6, max(len(records), 4) - 0.4), ylim=(0, 1))
     _save(fig, figure, path)
 
 
@@ -348,22 +350,30 @@ def histograms(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
 
 
 def by_bins(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
-    """Figure 5: consistency of the start's good and flawed actions, a line per bin of what it was there, per run."""
+    """Figure 5: consistency of the start's good and flawed actions, a line per bin of what it was there; and the share
+    of flawed actions of high consistency, of the start's and of those halfway; a row per run."""
     runs = _by_run(records)
-    fig, axes = panels(2 * len(runs), columns=2)
+    fig, axes = panels(3 * len(runs), height=4.2, columns=3)
+
+    def curve(axis: pyplot.Axes, own: Sequence[Numbers], name: str, label: str) -> None:
+        middle, low, high = np.array([record[name] for record in own]).T
+        if np.isfinite(middle).any():
+            at = np.array([record["iteration"] for record in own]) + 0.1 * len(axis.containers)
+            errors = np.nan_to_num([middle - low, high - middle])
+            axis.errorbar(at, middle, yerr=errors, capsize=2, marker="o", markersize=3, label=label)
+
     for row, (run, own) in enumerate(runs.items()):
-        for column, kind in enumerate(("good", "flawed")):
-            axis = axes[2 * row + column]
-            names = [name for name in BIN_NAMES if name.startswith(kind)]
-            for number, name in enumerate(names):
-                middle, low, high = np.array([record[name] for record in own]).T
-                if np.isfinite(middle).any():
-                    at = np.array([record["iteration"] for record in own]) + 0.1 * number
-                    label = f"{name.removeprefix(f'{kind}, ')} at the start ({own[0][f'{name} steps']} steps)"
-                    errors = np.nan_to_num([middle - low, high - middle])
-                    axis.errorbar(at, middle, yerr=errors, capsize=2, marker="o", markersize=3, label=label)
-            axis.set(xlabel="iteration", ylabel="consistency", ylim=(-0.05, 1.05), title=f"{run}: {kind} actions")
-            axis.legend(frameon=False, fontsize=7)
+        for axis, kind in zip(axes[3 * row :], ("good", "flawed"), strict=False):
+            for name in (name for name in BIN_NAMES if name.startswith(kind)):
+                bin_name = name.removeprefix(f"{kind}, ")
+                curve(axis, own, name, f"{bin_name} at the start ({own[0][f'{name} steps']} steps)")
+            axis.set(ylabel="consistency", title=f"{run}: {kind} actions")
+        for when, label in (("start", "of the start"), ("halfway", "of the checkpoint halfway")):
+            curve(axes[3 * row + 2], own, f"{when} panel flawed of high consistency", label)
+        axes[3 * row + 2].set(ylabel="share of high consistency", title=f"{run}: flawed actions")
+    for axis in axes:
+        axis.set(xlabel="iteration", ylim=(-0.05, 1.05))
+        axis.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     _save(fig, figure, path)
 
 
@@ -410,7 +420,7 @@ def alike_tokens(records: Sequence[Numbers], figure: Figure, path: Path) -> None
     _save(fig, figure, path)
 
 
-def _coloured(axis: pyplot.Axes, shown: Sequence[tuple[str, float]], wide: int = 52, high: int = 10) -> None:
+def _coloured(axis: pyplot.Axes, shown: Sequence[tuple[str, float]], wide: int = 80, high: int = 10) -> None:
     """Pieces of text on colours of their values, as many as there is room for."""
     axis.axis("off")
     most = max((abs(value) for _, value in shown), default=1.0) or 1.0
@@ -429,13 +439,14 @@ def _coloured(axis: pyplot.Axes, shown: Sequence[tuple[str, float]], wide: int =
 
 
 def layers(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
-    """Figure 10b: drift from the first run's last model, layer by layer; 0 is the embedding."""
+    """Figure 10b: drift from the reference, layer by layer; 0 is the embedding."""
     fig, axes = panels(4)
     for axis, name in zip(
         axes, ("logits, difference", "logits, cosine", "hidden, difference", "hidden, cosine"), strict=True
     ):
-        for own in _by_run(records).values():
-            axis.plot(own[-1][name], marker="o", markersize=3, label=own[-1]["run"])
+        for last in (own[-1] for own in _by_run(records).values()):
+            if last["folder"] != last["reference"]:
+                axis.plot(last[name], marker="o", markersize=3, label=_stage(last))
         axis.set(xlabel="layer", title=name)
         axis.legend(frameon=False, fontsize=7)
     _save(fig, figure, path)
@@ -491,7 +502,7 @@ FIGURES = {
     "3b": Figure(
         "One step's influence on other steps (Figure 3b)",
         geometry.step_influence,
-        tuple(f"{kind} action, reply{way}" for way in geometry.DIRECTIONS for kind in ("same", "other")),
+        tuple(f"{kind} action, {what}" for what in ("reply", "action's words") for kind in ("same", "other")),
         influence_map,
     ),
     "5": Figure(
@@ -553,13 +564,17 @@ def table(records: Sequence[Numbers], figure: Figure) -> str:
     for method in sorted({record["method"] for record in ends}):
         own = [record for record in ends if record["method"] == method]
         values = [[record[name][0] for record in own] for name in figure.shown]
-        cells = [f"{np.mean(each):.3f} [{min(each):.3f}, {max(each):.3f}]" for each in values]
-        lines.append(line(method, f"{len(own)} runs", *cells))
+        cells = [_number((np.mean(each), min(each), max(each))) for each in values]
+        lines.append(line(method, f"{len(own)} run{'s' * (len(own) > 1)}", *cells))
     return "\n".join(lines)
 
 
 def _number(value: Sequence[float] | None) -> str:
-    return "-" if value is None else f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
+    if value is None:
+        return "-"
+    small = 0 < max(map(abs, value)) < 0.01
+    middle, low, high = (f"{one:.1e}" if small else f"{one:.3f}" for one in value)
+    return f"{middle} [{low}, {high}]"
 
 
 def won_and_lost_table(records: Sequence[Numbers], figure: Figure) -> str:
@@ -596,11 +611,11 @@ def time_table(records: Sequence[Numbers], figure: Figure) -> str:
 
 
 def drift_table(records: Sequence[Numbers], figure: Figure) -> str:
-    """Figure 10b: each run's last model against the first run's."""
-    lines = [figure.title, f"{'run':<28}difference of logits, cosine of logits, after the last layer"]
-    for own in _by_run(records).values():
-        last = own[-1]
-        lines.append(f"{last['run']:<28}{last['logits, difference'][-1]:.4f}   {last['logits, cosine'][-1]:.4f}")
+    """Figure 10b: each run's last model against the reference."""
+    lines = [f"{figure.title} from {records[0]['reference']}"]
+    lines.append(f"{'run':<28}difference of logits, cosine of logits, after the last layer")
+    for last in (own[-1] for own in _by_run(records).values()):
+        lines.append(f"{_stage(last):<28}{last['logits, difference'][-1]:.4f}   {last['logits, cosine'][-1]:.4f}")
     return "\n".join(lines)
 
 

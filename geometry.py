@@ -232,7 +232,7 @@ def likelihoods(actor: Actor, rows: Sequence[Row], config: Config) -> dict[str, 
     own = [logprobs.astype(np.float64)[where] for logprobs, where in zip(found, words, strict=True)]  # of [T] the words
     return {
         "reply": np.array([logprobs.astype(np.float64).mean() for logprobs in found]),
-        "action": np.array([logprobs.mean() if len(logprobs) else np.nan for logprobs in own]),
+        "action's words": np.array([logprobs.mean() if len(logprobs) else np.nan for logprobs in own]),
         "probability": np.array([np.exp(logprobs.sum()) if len(logprobs) else np.nan for logprobs in own]),
     }
 
@@ -414,7 +414,8 @@ def layer_drift(subject: Subject) -> Numbers:
                 key = f"{name}, {what}"
                 sums[key] = sums.get(key, 0.0) + value.double().sum(1).cpu().numpy()
         tokens += own.shape[1]
-    return {key: (value / tokens).tolist() for key, value in sums.items()} | {"tokens": tokens, "steps": len(rows)}
+    about = {"reference": subject.reference, "tokens": tokens, "steps": len(rows)}
+    return {key: (value / tokens).tolist() for key, value in sums.items()} | about
 
 
 def _layers(actor: Actor, row: Row) -> torch.Tensor:

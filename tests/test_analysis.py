@@ -116,9 +116,9 @@ def test_likelihood_of_a_reply_and_of_its_action(subject):
     words = ["go" in piece or "to" in piece or "desk" in piece or "2" in piece for piece in pieces]
     assert "".join(np.array(pieces)[words]).strip() == "go to desk 2"
     assert found["reply"][0] == pytest.approx(logp_T.mean(), abs=1e-5)
-    assert found["action"][0] == pytest.approx(logp_T[words].mean(), abs=1e-5)
+    assert found["action's words"][0] == pytest.approx(logp_T[words].mean(), abs=1e-5)
     assert found["probability"][0] == pytest.approx(np.exp(logp_T[words].sum()), rel=1e-4)
-    assert np.isfinite(found["reply"][1]) and np.isnan([found["action"][1], found["probability"][1]]).all()
+    assert np.isfinite(found["reply"][1]) and np.isnan([found["action's words"][1], found["probability"][1]]).all()
 
 
 def test_pieces_are_the_reply(subject):
@@ -168,7 +168,9 @@ def test_a_step_moves_others_as_their_gradients_say_and_is_undone(subject):
         moved = geometry.SELF_CHANGE * gain_RR / gain_RR.diagonal().max()  # [R, R]
         cell, pairs = found[f"cells, reply{way}, a tenth"]["take"]["take"]
         assert pairs == 6 and 10 * cell == pytest.approx(float(moved[~torch.eye(3, dtype=bool)].mean()), rel=0.1)
-    assert "cells, action" in found and found["cells, action"] == {}  # none of these replies has an action
+    assert (
+        "cells, action's words" in found and found["cells, action's words"] == {}
+    )  # none of these replies has an action
 
 
 def test_a_model_has_not_drifted_from_itself(subject):
@@ -289,7 +291,7 @@ def test_every_figure_of_two_runs_from_one_start(small_games, tmp_path):
     names = list(analysis.FIGURES)
     command = ["analysis.py", "runs/plain", "runs/gcd", "--figures", *names, "--games", "6", "--steps", "12"]
     printed = tiny.run(*command, "--questions", asked, cwd=tmp_path, timeout=900)
-    assert "gigpo with GCD" in printed and "1 runs" in printed
+    assert "gigpo with GCD" in printed and "1 run " in printed
     figures = {name: json.loads((tmp_path / f"figures/figure_{name}.json").read_text()) for name in names}
     for name, figure in figures.items():
         assert (tmp_path / f"figures/figure_{name}.png").read_bytes().startswith(b"\x89PNG")
