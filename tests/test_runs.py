@@ -89,6 +89,7 @@ def test_checkpoint_loads(run, small_games):
     assert tiny.distance(tiny.weights_of(folder), tiny.weights_of(tiny.checkpoint(small_games))) > 1e-3
     assert tiny.distance(tiny.weights_of(folder), tiny.weights_of(run / "checkpoints" / "000001")) > 1e-4
     assert configuration.load(run / "config.yaml") == tiny.rl_config(small_games)
+    assert json.loads((run / "machine.json").read_text())["torch"] == torch.__version__
 
 
 def test_a_finished_run_has_nothing_left_to_do_and_refuses_other_settings(run, small_games, monkeypatch):
