@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import re
@@ -28,11 +29,12 @@ from typing import Any, Literal
 
 import yaml
 
-# Read when torch is imported, so set here, in the module every script imports first: one thread per rank (vLLM's CPU
-# engine is several times slower with more), and no C++ warnings about it.
+# Read when torch and peft are imported, so set here, in the module every script imports first: one thread per rank
+# (vLLM's CPU engine is several times slower with more), no C++ warnings about it, none of an optional kernel.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 TASK_TYPES = {
     "alfworld": (  # in the order of its own ids 1 to 6

@@ -13,7 +13,6 @@ frozen in the dtype computed in (lora) or in 4 bits (qlora).
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +44,6 @@ from ranks import full, gathered, is_sharded, pick_device, progress_bar, shard, 
 from tinymodel import add_phrases, build_tiny
 
 hf_logging.disable_progress_bar()
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # "Failed to load": an optional kernel
 
 ENTROPY_BLOCK = 2**21  # log-probs that are turned into entropies at the same time: they stay in a processor's cache
 LOGIT_CHUNK = 2048  # response tokens whose logits exist at the same time

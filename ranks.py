@@ -73,9 +73,10 @@ def total(records: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def progress_bar(items: Iterable | None = None, **how: Any) -> tqdm:
-    """A progress bar on the first rank's terminal, gone when done; nothing where there is none."""
+    """A progress bar on the first rank's terminal, there after a second, gone when done; elsewhere nothing."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    return tqdm(items, disable=None if first else True, leave=False, mininterval=1, dynamic_ncols=True, **how)
+    look = dict(leave=False, mininterval=1, delay=1, dynamic_ncols=True)
+    return tqdm(items, disable=None if first else True, **look, **how)
 
 
 class Stop:

@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -158,10 +159,13 @@ class Engine:
         if self.leads:
             for index, (ids, how) in enumerate(zip(prompt_ids, sampling, strict=True)):
                 self.submit(str(index), ids, how)
+            began, tokens = time.monotonic(), 0
             with progress_bar(total=len(prompt_ids), desc="generate", unit=" replies") as bar:
                 while len(done) < len(prompt_ids):
                     fresh = dict(self.poll())
                     done |= fresh
+                    tokens += sum(len(sample.ids) for sample in fresh.values())
+                    bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
                     bar.update(len(fresh))
             self.release()
         else:
