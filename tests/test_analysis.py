@@ -20,7 +20,7 @@ import telemetry
 from behaviour import Subject
 from config import Config, ConfigError
 from model import Row
-from rollout import Episode, Step
+from rollout import Episode, Sample, Step
 
 TEXTS = [
     ("A room.", "Take the mug."),
@@ -202,6 +202,29 @@ def test_interval_by_games():
     assert behaviour.interval(lambda times: 1.0 if times.min() else math.nan, games) == [1.0, 1.0, 1.0]
     assert math.isnan(behaviour.interval(lambda times: math.nan, games)[1])
     assert behaviour.mean_of([1.0, 0.0], [3, 3]) == [0.5, 0.5, 0.5] and math.isnan(behaviour.mean_of([], [])[0])
+
+
+def test_consistency_is_the_share_of_fresh_replies_with_the_action(subject):
+    """Ten replies to each prompt, the recorded one left out; a malformed one takes the action <invalid>."""
+    actor = subject.engine.actor
+    said = ["<think>Yes.</think><action>look</action>"] * 4 + ["<think>No.</think><action>go</action>"] * 3
+    said += ["no action", "<think>x</think>", ""]
+    asked = []
+
+    class Replies:
+        def generate(self, prompt_ids, sampling):
+            asked.extend(zip(prompt_ids, [one.seed for one in sampling], strict=True))
+            return [Sample(actor.encode_reply(text), []) for text in said * (len(prompt_ids) // 10)]
+
+    Replies.actor = actor
+    steps = [
+        Step(actor.encode(ask), [], [], ask, "", "a room", action, True, True, 0.0)
+        for ask, action in (("A room.", "look"), ("Fridge.", "<invalid>"), ("Desk.", "jump"))
+    ]
+    found = behaviour.consistencies(dataclasses.replace(subject, engine=Replies()), steps, salt=1)
+    assert found.tolist() == [0.4, 0.3, 0.0]
+    assert [ids for ids, _ in asked] == [step.prompt_ids for step in steps for _ in range(10)]
+    assert len({seed for _, seed in asked}) == 30
 
 
 def question(game: int, label: int) -> judge.Question:

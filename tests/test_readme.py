@@ -1,4 +1,4 @@
-"""What the README shows as code, run as a reader would."""
+"""What the README shows as code, run as a reader would; and the tests that docs/ points at."""
 
 import json
 import re
@@ -29,3 +29,17 @@ def test_the_worked_example_trains(small_games, tmp_path):
     settings = "algo.advantage=rloo train.iterations=1 train.eval_every=0 rollout.engine=transformers".split()
     tiny.run(tmp_path / "train_rl.py", tiny.rl_yaml(small_games, tmp_path), "--set", *settings, cwd=tmp_path)
     assert (tmp_path / "runs" / "tiny_rl" / "checkpoints" / "latest").exists()
+
+
+def test_every_decision_of_the_papers_notes_has_a_test_that_exists():
+    notes = (tiny.ROOT / "docs" / "paper_notes.md").read_text()
+    files = {file.stem: file.read_text() for file in (tiny.ROOT / "tests").glob("test_*.py")}
+    named = re.findall(r"`(?:tests/(test_\w+)\.py::)?(test_\w+)`", notes)
+    assert len(named) > 60
+    for file, test in named:
+        assert f"\ndef {test}(" in (files[file] if file else "".join(files.values())), (file, test)
+    decisions = re.findall(r"^\| (\d+) \|", notes.partition("## Decisions")[2], re.MULTILINE)
+    tested = {
+        number for line in re.findall(r"^- ([\d, ]+): `tests/", notes, re.MULTILINE) for number in line.split(", ")
+    }
+    assert decisions == [str(number) for number in range(1, len(decisions) + 1)] and set(decisions) <= tested
