@@ -42,7 +42,7 @@ from tqdm import tqdm
 import behaviour
 import geometry
 import teacher
-from behaviour import Numbers, Subject
+from behaviour import Missing, Numbers, Subject
 from config import Config, ConfigError
 from model import load_actor
 from ranks import join_ranks, progress_bar
@@ -104,6 +104,9 @@ def main() -> None:
         found |= of_models(modelled, shots, config, arguments.level, questions)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, figure in chosen.items():
+        if missing := next((record for record in found[name] if "missing" in record), None):
+            print(f"{figure.title}: not made. {_stage(missing)}: {missing['missing']}\n", flush=True)
+            continue
         figure.finish(found[name])
         path = arguments.out / f"figure_{name}.json"
         record = {"title": figure.title, "config": configuration.to_dict(config), "level": arguments.level}
@@ -163,7 +166,10 @@ def of_models(
             key = (name, shot.folder, halfway if figure.halfway else "")
             if key not in measured:
                 began = time.monotonic()
-                measured[key] = figure.measure(subject)
+                try:
+                    measured[key] = figure.measure(subject)
+                except Missing as why:
+                    measured[key] = {"missing": str(why)}
                 measured[key]["seconds"] = time.monotonic() - began
             found[name].append(dataclasses.asdict(shot) | measured[key])
     engine.close()
@@ -373,7 +379,8 @@ def by_bins(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
         axes[3 * row + 2].set(ylabel="share of high consistency", title=f"{run}: flawed actions")
     for axis in axes:
         axis.set(xlabel="iteration", ylim=(-0.05, 1.05))
-        axis.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        if axis.containers:
+            axis.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     _save(fig, figure, path)
 
 
@@ -571,7 +578,7 @@ def table(records: Sequence[Numbers], figure: Figure) -> str:
 
 
 def _number(value: Sequence[float] | None) -> str:
-    if value is None:
+    if value is None or math.isnan(value[0]):
         return "-"
     small = 0 < max(map(abs, value)) < 0.01
     middle, low, high = (f"{one:.1e}" if small else f"{one:.3f}" for one in value)

@@ -43,6 +43,10 @@ RESAMPLES = 1000
 Numbers = dict[str, object]
 
 
+class Missing(Exception):
+    """Why a figure cannot be made of what was played."""
+
+
 @dataclass
 class Subject:
     """A checkpoint that is being measured; its weights are those of the engine."""
@@ -52,10 +56,17 @@ class Subject:
     own: list[Episode]  # played by it
     start: list[Episode]  # by the model that its run started from
     middle: list[Episode]  # by its run's checkpoint halfway
-    panel: list[judge.Question]  # labelled steps of `start`
+    labelled: list[judge.Question]  # steps of `start`
     folder: str = ""  # of its weights
     reference: str = ""  # the folder of the model that layers are compared with
     questions: tuple[tuple[str, str | None], ...] = ()  # of another domain, with answers
+
+    @property
+    def panel(self) -> list[judge.Question]:
+        """The labelled steps, half of them good. Raises Missing if there are none."""
+        if not self.labelled:
+            raise Missing("no labelled steps of both classes; more --games, or another --teacher, may find some")
+        return self.labelled
 
     def sampling(self, number: int, salt: int) -> Sampling:
         """How the `number`th of a figure's replies is drawn."""
@@ -231,8 +242,8 @@ def num_actions(subject: Subject) -> Numbers:
 
 def held_out_judge(subject: Subject) -> Numbers:
     """How well the actor judges the panel's steps, and its own of the same games. Chance is 0.5."""
-    own = labelled_panel(subject.own, subject.config)
-    return accuracies(subject, subject.panel) | accuracies(subject, own, " on own steps")
+    numbers = accuracies(subject, subject.panel)
+    return numbers | accuracies(subject, labelled_panel(subject.own, subject.config), " on own steps")
 
 
 def accuracies(subject: Subject, steps: Sequence[judge.Question], name: str = "") -> Numbers:
@@ -240,6 +251,10 @@ def accuracies(subject: Subject, steps: Sequence[judge.Question], name: str = ""
     asked = [dataclasses.replace(step, answers=[], critiques=[]) for step in steps]
     judge.ask(subject.engine, asked, subject.config, EVALUATION)
     answered = [question for question in asked if question.answers]
+    classes = {"balanced accuracy": (0, 1), "accuracy of good": (1,), "accuracy of flawed": (0,)}
+    counts: Numbers = {f"steps{name}": len(answered), f"too long{name}": len(asked) - len(answered)}
+    if not answered:
+        return counts | {key + name: [math.nan] * 3 for key in classes}
     right_Q = np.array([np.mean([answer.reward for answer in question.answers]) for question in answered])  # [Q]
     label_Q = np.array([question.step.label for question in answered])  # [Q]
     games_Q = np.array([question.group for question in answered])  # [Q]
@@ -248,11 +263,9 @@ def accuracies(subject: Subject, steps: Sequence[judge.Question], name: str = ""
         own = [times_Q * (label_Q == cls) for cls in classes]  # [Q] each
         return float(np.mean([(right_Q * own_Q).sum() / own_Q.sum() for own_Q in own]))
 
-    classes = {"balanced accuracy": (0, 1), "accuracy of good": (1,), "accuracy of flawed": (0,)}
-    numbers = {
+    return counts | {
         key + name: interval(functools.partial(accuracy, classes=chosen), games_Q) for key, chosen in classes.items()
     }
-    return {f"steps{name}": len(answered), f"too long{name}": len(asked) - len(answered)} | numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------

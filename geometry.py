@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import losses
-from behaviour import Numbers, Subject, interval, mean_of
+from behaviour import Missing, Numbers, Subject, interval, mean_of
 from config import Config
 from model import Actor, Row, all_logprobs, last_hidden, load_actor, micro_batches, token_logprobs
 from ranks import progress_bar
@@ -287,6 +287,8 @@ def similar_tokens(subject: Subject) -> Numbers:
     for question in subject.panel:
         games[question.group][question.step.label].append(row_of(question.step))
     numbers = pulled_tokens(subject, games)
+    if not numbers["tokens"]:
+        raise Missing("no game has both good and flawed labelled steps; more --games or --steps may find one")
     answers = [answer for _, answer in subject.questions]
     if any(answers):
         replies: dict[int, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))

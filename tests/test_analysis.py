@@ -343,6 +343,16 @@ def test_every_figure_of_two_runs_from_one_start(small_games, tmp_path):
     assert figures["10b"]["checkpoints"][0]["logits, difference"][-1] > 0  # where it came from
 
 
+def test_a_panel_without_one_of_the_classes_says_so(subject):
+    bare = dataclasses.replace(subject, labelled=[])
+    for measure in (geometry.coupling_gaps, geometry.similar_tokens, behaviour.held_out_judge):
+        with pytest.raises(behaviour.Missing, match="no labelled steps of both classes"):
+            measure(bare)
+    apart = [dataclasses.replace(question, group=number) for number, question in enumerate(subject.panel)]
+    with pytest.raises(behaviour.Missing, match="no game has both"):
+        geometry.similar_tokens(dataclasses.replace(subject, labelled=apart))
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ConfigError, match="it has no config.yaml"):
         analysis.load_run(tmp_path, [])
