@@ -315,14 +315,15 @@ def won_and_lost(records: Sequence[Numbers], figure: Figure, path: Path) -> None
             axis.bar(np.arange(len(records)) + offset, middle, 0.38, yerr=errors, capsize=2, label=kind)
         axis.set_xticks(range(len(records)), [record["run"] for record in records], rotation=20, ha="right", fontsize=7)
         axis.set(title=name.replace("_", " "))
-        axis.legend(frameon=False, fontsize=8)
+        axis.margins(y=0.25)
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
     colours = {"won": "C0", "lost": "C1"}
     for record, style in zip(records, ("-", "--", ":", "-.") * len(records), strict=False):
         for kind, colour in colours.items():
             if curve := record[f"curve, {kind}"]:
                 axes[-1].plot(*np.array(curve).T, style, color=colour, linewidth=1, label=f"{record['run']}, {kind}")
     axes[-1].set(xlabel="iteration", title="state action per step, by iteration")
-    axes[-1].legend(frameon=False, fontsize=6)
+    axes[-1].legend(frameon=False, fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     _save(fig, figure, path)
 
 
@@ -461,27 +462,31 @@ def layers(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
 
 
 def learning(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
-    """Figure 11: success against iterations, hours, environment steps, and that on evaluation levels; means over the
-    runs of a method, between their lowest and highest."""
+    """Figure 11: success against iterations, hours, environment steps, and that on evaluation levels; of each method
+    the mean over its runs, between their lowest and highest. Training's is a mean over the last 5 iterations."""
     levels = sorted({key for record in records for key in record if key.startswith("eval/")})
     axes_of = ("iterations", "hours", "environment steps")
     fig, axes = panels(len(axes_of) + len(levels))
-    colours = _colours(records)
+    methods: dict[str, list[Numbers]] = {}
     for record in records:
+        methods.setdefault(record["method"], []).append(record)
+
+    def curve(axis: pyplot.Axes, method: str, x_lines: Sequence, y_lines: Sequence) -> None:
+        shortest = min(map(len, x_lines))
+        x, y = (np.array([line[:shortest] for line in lines]) for lines in (x_lines, y_lines))  # [runs, iterations]
+        (line,) = axis.plot(x.mean(0), y.mean(0), color=_colours(records)[method], label=f"{method} ({len(x)})")
+        axis.fill_between(x.mean(0), y.min(0), y.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+
+    for method, own in methods.items():
+        smooth = [[np.mean(one["success"][max(0, i - 4) : i + 1]) for i in range(len(one["success"]))] for one in own]
         for axis, x in zip(axes, axes_of, strict=False):
-            label = _once(axis, record["method"])
-            axis.plot(record[x], record["success"], color=colours[record["method"]], alpha=0.25, linewidth=1)
-            smooth = [np.mean(record["success"][max(0, i - 4) : i + 1]) for i in range(len(record["success"]))]
-            axis.plot(record[x], smooth, color=colours[record["method"]], label=label)
+            curve(axis, method, [one[x] for one in own], smooth)
         for axis, level in zip(axes[len(axes_of) :], levels, strict=True):
-            if level in record:
-                axis.plot(
-                    *np.array(record[level]).T, color=colours[record["method"]], label=_once(axis, record["method"])
-                )
+            if points := [np.array(one[level]).T for one in own if level in one]:
+                curve(axis, method, *zip(*points, strict=True))
     for axis, name in zip(axes, (*axes_of, *levels), strict=True):
-        axis.set(xlabel="iteration" if name in levels else name, title=name if name in levels else "training success")
+        axis.set(xlabel="iteration" if name in levels else name, title=name if name in levels else "training success, 5 iterations")
         axis.legend(frameon=False, fontsize=8)
-    axes[0].set_title("training success, and its mean over 5 iterations")
     _save(fig, figure, path)
 
 
