@@ -485,7 +485,10 @@ def learning(records: Sequence[Numbers], figure: Figure, path: Path) -> None:
             if points := [np.array(one[level]).T for one in own if level in one]:
                 curve(axis, method, *zip(*points, strict=True))
     for axis, name in zip(axes, (*axes_of, *levels), strict=True):
-        axis.set(xlabel="iteration" if name in levels else name, title=name if name in levels else "training success, 5 iterations")
+        axis.set(
+            xlabel="iteration" if name in levels else name,
+            title=name if name in levels else "training success, 5 iterations",
+        )
         axis.legend(frameon=False, fontsize=8)
     _save(fig, figure, path)
 
