@@ -231,6 +231,9 @@ def place(
         model = _adapt(config, model, base, adapter, task)
     if tune == "full" and adapter:
         model = model.merge_and_unload()
+    for layer in model.modules():  # some CPUs repack 4-bit weights when they first score, and cannot train them then
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     if not train:
         model.requires_grad_(False)
     actor = Actor(model.eval(), tokenizer, device, compute_dtype(config), packed=device.type == "cuda", base=base)
