@@ -48,7 +48,7 @@ from model import load_actor
 from ranks import join_ranks, progress_bar
 from rollout import Engine, Episode, make_engine, sync
 
-QUESTIONS = 100  # of a file, at most
+MOST_QUESTIONS = 100  # of a file
 Questions = tuple[tuple[str, str | None], ...]
 
 
@@ -193,12 +193,12 @@ def check_files(figure: Figure, runs: Sequence[Path]) -> None:
 
 
 def read_questions(path: Path) -> Questions:
-    """Up to QUESTIONS of a JSONL file, drawn at random, with their answers where they have one. Raises ConfigError if a
+    """Up to MOST_QUESTIONS of a JSONL file, drawn at random, with their answers where they have one. Raises ConfigError if a
     line has no question."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         found = [(str(line["question"]), str(line["answer"]) if "answer" in line else None) for line in lines]
-        return tuple(random.Random(0).sample(found, min(QUESTIONS, len(found))))
+        return tuple(random.Random(0).sample(found, min(MOST_QUESTIONS, len(found))))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--questions {path}: every line must be an object with a field 'question' ({error})"
