@@ -193,7 +193,7 @@ def check_files(figure: Figure, runs: Sequence[Path]) -> None:
 
 
 def read_questions(path: Path) -> Questions:
-    """Up to MOST_QUESTIONS of a JSONL file, drawn at random, with their answers where they have one. Raises ConfigError if a
+    """Up to MOST_QUESTIONS of a JSONL file, drawn at random, with the answers that they have. Raises ConfigError if a
     line has no question."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -18,7 +18,7 @@ import dataclasses
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -170,7 +170,7 @@ def step_influence(subject: Subject) -> Numbers:
     for source in progress_bar(sources, desc="Figure 3b", unit=" steps"):
         gradients = _gradients(actor, rows[source], config)
         for move, (direction, size) in moves.items():
-            with stepped(actor, kept, [size * direction(gradient) for gradient in gradients]):
+            with stepped(actor, kept, (size * direction(gradient) for gradient in gradients)):
                 after = likelihoods(actor, rows, config)
             for what, after_R in after.items():
                 changes[what + move].append(after_R - before[what])
@@ -179,8 +179,9 @@ def step_influence(subject: Subject) -> Numbers:
     same_SR = (kinds[:, None] == kinds)[: len(sources)]  # [S, R]
     for name, change in changes.items():
         change_SR = np.where(differ_RR[: len(sources)], change, np.nan)  # [S, R]
-        numbers[f"same action, {name}"] = mean_of(_row_means(change_SR, same_SR), games)
-        numbers[f"other action, {name}"] = mean_of(_row_means(change_SR, ~same_SR), games)
+        for kind, counted_SR in (("same", same_SR), ("other", ~same_SR)):
+            some_S, mean_S = _row_means(change_SR, counted_SR)  # [S] each
+            numbers[f"{kind} action, {name}"] = mean_of(mean_S[some_S], games[some_S])
         numbers[f"cells, {name}"] = _cells(change_SR, kinds)
     for way in DIRECTIONS:
         one_SR, tenth_SR = (np.abs(changes[f"reply{way}{note}"]) for note in ("", ", a tenth"))  # [S, R] each
@@ -191,7 +192,7 @@ def step_influence(subject: Subject) -> Numbers:
 
 
 @contextmanager
-def stepped(actor: Actor, kept: dict[str, torch.Tensor], moves: Sequence[torch.Tensor]) -> Iterator[None]:
+def stepped(actor: Actor, kept: dict[str, torch.Tensor], moves: Iterable[torch.Tensor]) -> Iterator[None]:
     """The actor's weights moved, then as they were `kept`."""
     with torch.no_grad():
         for weight, move in zip(actor.model.parameters(), moves, strict=True):
@@ -214,14 +215,15 @@ def _cells(change_SR: np.ndarray, kinds_R: np.ndarray) -> dict[str, dict[str, li
 
 
 def kind_of(action: str) -> str:
-    """An action's kind: its words up to the first object's name."""
-    return OBJECT.split(action)[0].strip() or "<invalid>"
+    """An action's kind: its words up to the first object's name; without such a name ("mug 1") its first word."""
+    before, *named = OBJECT.split(action, maxsplit=1)
+    return (before if named else before.partition(" ")[0]).strip() or "<invalid>"
 
 
-def _row_means(value_SR: np.ndarray, where_SR: np.ndarray) -> np.ndarray:
-    """Each source's mean over the chosen targets, [S]; 0 where it has none."""
+def _row_means(value_SR: np.ndarray, where_SR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each source has any of the chosen targets, [S], and its mean over them, [S]."""
     chosen_SR = where_SR & np.isfinite(value_SR)  # [S, R]
-    return np.where(chosen_SR, value_SR, 0).sum(1) / chosen_SR.sum(1).clip(min=1)
+    return chosen_SR.any(1), np.where(chosen_SR, value_SR, 0).sum(1) / chosen_SR.sum(1).clip(min=1)
 
 
 def likelihoods(actor: Actor, rows: Sequence[Row], config: Config) -> dict[str, np.ndarray]:

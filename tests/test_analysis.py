@@ -173,6 +173,17 @@ def test_a_step_moves_others_as_their_gradients_say_and_is_undone(subject):
     )  # none of these replies has an action
 
 
+def test_kinds_of_actions():
+    said = ["go to desk 2", "take mug 1 from desk 2", "look", "move metal pot to stove", "<invalid>", ""]
+    assert [geometry.kind_of(action) for action in said] == ["go to", "take", "look", "move", "<invalid>", "<invalid>"]
+
+
+def test_a_source_without_targets_of_a_kind_does_not_count():
+    change_SR = np.array([[np.nan, 2.0, 4.0], [np.nan, np.nan, 1.0]])  # [S, R]
+    some_S, mean_S = geometry._row_means(change_SR, np.array([[True, True, True], [True, True, False]]))  # [S] each
+    assert some_S.tolist() == [True, False] and mean_S[0] == 3.0
+
+
 def test_a_model_has_not_drifted_from_itself(subject):
     found = geometry.layer_drift(subject)
     layers = subject.engine.actor.inner.config.num_hidden_layers
