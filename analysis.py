@@ -144,7 +144,7 @@ def of_models(
         played[folder] = behaviour.play(engine, config, level)
     several = len({shot.run for shot in shots}) > 1  # layers are compared with the first run's end, or a run's start
     reference = [shot for shot in shots if shot.run == shots[0].run][-1 if several else 0].folder
-    measured: dict[tuple[str, str, str], Numbers] = {}
+    measured: dict[tuple[str, ...], Numbers] = {}
     found: dict[str, list[Numbers]] = {name: [] for name in figures}
     panels = {start: behaviour.labelled_panel(played[start], config) for start in {shot.start for shot in shots}}
     for shot in tqdm(shots, desc="measure", unit=" checkpoints"):
@@ -163,7 +163,7 @@ def of_models(
             questions,
         )
         for name, figure in progress_bar(figures.items(), desc=f"{shot.run} {shot.iteration}", unit=" figures"):
-            key = (name, shot.folder, halfway if figure.halfway else "")
+            key = (name, shot.folder, shot.start, halfway if figure.halfway else "")
             if key not in measured:
                 began = time.monotonic()
                 try:
