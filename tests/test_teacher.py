@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 
+import behaviour
 import config as configuration
 import envs
 import judge
@@ -230,6 +231,24 @@ def test_what_the_teacher_calls_good_becomes_a_positive(server, settings):
     assert counts["teacher_requests"] == 6 and counts["teacher_tokens"] == 500
     question = server.requests[-1][1]["messages"][0]["content"]
     assert question in {prompts.build_critic_prompt("alfworld", s.prompt, s.response) for s in played.steps}
+
+
+def test_figure_5_labels_by_five_equal_votes_and_by_the_majority(server, settings):
+    """Of three steps the second gets four good votes of five; the majority's labels cost no request more."""
+    bad, said = GOOD.replace("1", "0"), Counter()
+
+    def answer(question: str, number: int) -> str:
+        step = re.search(r"reply (\d)", question)[1]
+        said[step] += 1
+        return bad if step == "2" or (step == "1" and said[step] == 3) else GOOD
+
+    server.answer = answer
+    voting = dataclasses.replace(settings, concurrency=1, votes=5, agreement="unanimous", questions=8)
+    steps, games, labels = behaviour._judged([episode(3)], Config(judge=voting))
+    by = {suffix: dict(zip((s.response for s in steps), one.tolist(), strict=True)) for suffix, one in labels.items()}
+    assert by[""] == {"reply 0": 1, "reply 1": -1, "reply 2": 0}
+    assert by[" by majority"] == {"reply 0": 1, "reply 1": 1, "reply 2": 0}
+    assert said == {"0": 5, "1": 5, "2": 5} and games.tolist() == [0, 0, 0]
 
 
 def test_rules_by_the_teacher_fall_back_on_the_medoid(server, settings):
