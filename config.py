@@ -2,10 +2,11 @@
 
 A YAML file holds only what differs from the defaults and may name one other file as its `base:`.  On the command line
 `--set train.lr=2e-6 judge.enabled=false` overrides a field.  A value is text until its field's type says how to read it
-(so `name: 007` keeps its zeros and 1e-6 is a number).  An unknown or repeated key or a value of the wrong type is an
-error that names the key and what is valid: nothing is ignored, nothing is guessed.
+(so `name: 007` keeps its zeros and 1e-6 is a number).  An unknown or repeated key, a value of the wrong type or out of
+its range is an error that names the key and what is valid: nothing is ignored, nothing is guessed.
 
     config = load("configs/quickstart.yaml", ["train.lr=1e-4"])
+    python config.py                                # print every option, its default and range
     python config.py configs/quickstart.yaml        # print the resolved tree
 """
 
@@ -19,10 +20,11 @@ import math
 import os
 import re
 import sys
+import textwrap
 import traceback
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,300 +38,226 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-TASK_TYPES = {
-    "alfworld": (  # in the order of its own ids 1 to 6
-        "pick_and_place_simple",
-        "look_at_obj_in_light",
-        "pick_clean_then_place_in_recep",
-        "pick_heat_then_place_in_recep",
-        "pick_cool_then_place_in_recep",
-        "pick_two_obj_and_place",
-    ),
-    "scienceworld": (  # in the order of their published numbers 0 to 28; use-thermometer, 29, is in no published split
-        "boil",
-        "change-the-state-of-matter-of",
-        "chemistry-mix",
-        "chemistry-mix-paint-secondary-color",
-        "chemistry-mix-paint-tertiary-color",
-        "find-animal",
-        "find-living-thing",
-        "find-non-living-thing",
-        "find-plant",
-        "freeze",
-        "grow-fruit",
-        "grow-plant",
-        "identify-life-stages-1",
-        "identify-life-stages-2",
-        "inclined-plane-determine-angle",
-        "inclined-plane-friction-named-surfaces",
-        "inclined-plane-friction-unnamed-surfaces",
-        "lifespan-longest-lived",
-        "lifespan-longest-lived-then-shortest-lived",
-        "lifespan-shortest-lived",
-        "measure-melting-point-known-substance",
-        "measure-melting-point-unknown-substance",
-        "melt",
-        "mendelian-genetics-known-plant",
-        "mendelian-genetics-unknown-plant",
-        "power-component",
-        "power-component-renewable-vs-nonrenewable-energy",
-        "test-conductivity",
-        "test-conductivity-of-unknown-substances",
-    ),
-}
-HELD_OUT_TYPES = {  # published: what level L2 evaluates on and never trains on
-    "alfworld": TASK_TYPES["alfworld"][4:],
-    "scienceworld": tuple(TASK_TYPES["scienceworld"][index] for index in (1, 4, 8, 11, 13, 16, 18, 21, 24, 28)),
-}
-
-
-SIMPLIFICATIONS = (
-    "easy",
-    "teleportAction",
-    "openDoors",
-    "openContainers",
-    "selfWateringFlowerPots",
-    "noElectricalAction",
-)
+LEVELS = ("L0", "L1", "L2")
 
 
 class ConfigError(Exception):
     """A mistake in a config file or in --set: the message names the key and the cure."""
 
 
+def option(
+    default: Any, what: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+) -> Any:
+    """Declare an option: its default, what it does in one line, and the range of its values."""
+    limits = {"above": above, "at_least": at_least, "at_most": at_most}
+    return field(default=default, metadata={"what": what} | {key: n for key, n in limits.items() if n is not None})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    # a Hugging Face id or folder, a checkpoint of a run, or "tiny" (built from scratch)
-    path: str = "Qwen/Qwen2.5-1.5B-Instruct"
-    # what trainer and engine compute in; auto: bfloat16 on CUDA, float32 on CPU. The trainer's weights are float32
-    # always: in bfloat16 the steps of a learning rate of 1e-6 would be rounded away
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # transformers' attn_implementation
-    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
-    tune: Literal["full", "lora", "qlora"] = (
-        "full"  # all weights; an adapter of all linear layers; that on 4-bit weights
+    path: str = option("Qwen/Qwen2.5-1.5B-Instruct", "a Hugging Face id or folder, or a checkpoint of a run")
+    # The trainer's weights are float32 always: in bfloat16 the steps of a learning rate of 1e-6 would be rounded away.
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "what trainer and engine compute in; auto: bfloat16 on CUDA, float32 on CPU"
     )
-    lora_rank: int = 32
-    lora_alpha: float = 64.0
-    # weights in shards over the ranks (FSDP2) or whole on each; auto: sharded on CUDA where all of them are trained
-    shard: Literal["auto", "always", "never"] = "auto"
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 1/3 more time
-    tiny_hidden: int = 128  # the four sizes of a "tiny" model
-    tiny_layers: int = 4
-    tiny_heads: int = 4
-    tiny_vocab: int = 1536
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = option(
+        "sdpa", "transformers' attn_implementation"
+    )
+    tune: Literal["full", "lora", "qlora"] = option(
+        "full", "train all weights, an adapter of all linear layers, or that on 4-bit weights"
+    )
+    lora_rank: int = option(32, "rank of a new adapter", above=0)
+    lora_alpha: float = option(64.0, "alpha of a new adapter; its update is scaled by alpha / rank", above=0)
+    shard: Literal["auto", "always", "never"] = option(
+        "auto", "weights in shards over the ranks (FSDP2); auto: on CUDA where all weights are trained"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
 
 
 @dataclass(frozen=True)
 class EnvConfig:
-    name: Literal["alfworld", "scienceworld"] = "alfworld"
-    # who plays ALFWorld: games.py, or TextWorld itself (about 400 times slower)
-    engine: Literal["native", "textworld"] = "native"
-    # ALFWorld: the folder that holds json_2.1.1/; empty: $ALFWORLD_DATA. ScienceWorld: where gold paths are kept;
-    # empty: data/scienceworld
-    data: str = ""
-    level: Literal["L0", "L1", "L2"] = "L0"  # training level: L0 and L1 train on task_types, L2 on those not held out
-    task_types: tuple[str, ...] = ()  # task types of levels L0 and L1; empty: all of TASK_TYPES
-    held_out_types: tuple[str, ...] = ()  # what level L2 evaluates on and never trains on; empty: HELD_OUT_TYPES
-    max_steps: int = 30  # actions per episode
-    history: int = 2  # past (observation, action) pairs shown in the prompt
-    # ScienceWorld alone:
-    simplification: str = "easy"  # the simulator's presets (SIMPLIFICATIONS), comma-separated
-    max_moves: int = 100  # simulated time after which an episode is over (as published); a `wait` takes 11
-    list_valid: bool = False  # list all valid actions at every step, to know what is available; 5 to 10 times slower
-    machines: int = 1  # Java machines per rank, which the environments share
-    machine_heap_mib: int = 1024  # the memory of each machine's heap; shared by its environments
-
-    @property
-    def types(self) -> tuple[str, ...]:
-        """The task types of levels L0 and L1."""
-        return self.task_types or TASK_TYPES[self.name]
-
-    @property
-    def held_out(self) -> tuple[str, ...]:
-        """The task types that level L2 evaluates on."""
-        return self.held_out_types or HELD_OUT_TYPES[self.name]
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """The task types that training at env.level sees."""
-        return tuple(kind for kind in self.types if self.level != "L2" or kind not in self.held_out)
+    name: str = option("", "a module under environments/, or any importable one of yours: my_package.my_env")
+    data: str = option("", "folder of the environment's data; empty: where the environment says")
+    level: Literal["L0", "L1", "L2"] = option("L0", "L0 and L1 train on task_types, L2 on those not held out")
+    task_types: tuple[str, ...] = option((), "task types of L0 and L1; empty: all of the environment's")
+    held_out_types: tuple[str, ...] = option((), "types that L2 evaluates on alone; empty: the environment's")
+    max_steps: int = option(30, "actions per episode", above=0)
+    history: int = option(2, "past (observation, action) pairs shown in the prompt", at_least=0)
+    simplification: str = option("easy", "presets of the environment's simulator, comma-separated, if it has any")
+    machine_heap_mib: int = option(1024, "memory of the machine that the simulator runs in, if it has one", above=0)
 
 
 @dataclass(frozen=True)
 class AlgoConfig:
-    advantage: Literal["grpo", "gigpo", "rlvmr", "ppo"] = "grpo"  # a key of losses.ADVANTAGES
-    divide_by_std: bool = True  # divide group-centred values by their standard deviation; false: Dr.GRPO, mean_norm
-    # group statistics over step rows (as published) or over episodes, each by its first row
-    stats_over: Literal["steps", "trajectories"] = "steps"
-    gamma: float = 0.95  # discount of the step returns (GiGPO)
-    step_weight: float = 1.0  # weight of the step-level advantage: GiGPO's omega, RLVMR's alpha
-    similarity: float | None = None  # GiGPO: observations this alike (0 to 1) share an anchor, for instance 0.95
-    # PPO: discount over the tokens of one reply, lambda of its generalised advantage, bound of a value's change
-    token_gamma: float = 1.0
-    token_lambda: float = 1.0
-    value_clip: float = 0.5
-    # which replies are invalid: those not well formed (as published), or also those whose action is not on offer
-    invalid: Literal["malformed", "unavailable"] = "malformed"
-    invalid_penalty: float = 0.1  # subtracted from the score of a row whose reply was invalid
-    # replies cut off at max_response_tokens: train on them, leave them out of the loss and its denominators, or take
-    # overlong_penalty from their score, and a rising part of it from those that end in the last overlong_cache tokens
-    overlong: Literal["keep", "mask", "penalise"] = "keep"
-    overlong_penalty: float = 1.0
-    overlong_cache: int = 0
-    # factor on negative advantages; below 1 a small model unlearns less of what it can read
-    negative_weight: float = 1.0
-    # NTHR: weaken the penalty on tokens of lost replies that pull won ones along; compared within the task's episodes,
-    # or within those rows of them that share an anchor
-    nthr: bool = False
-    nthr_group: Literal["task", "anchor_state"] = "task"
-    nthr_beta: float = 1.0  # factor on the threshold of selection
-    nthr_eta: float | None = None  # factor on the advantage of selected tokens; null: 2 |0.5 - share of won episodes|
-    policy_loss: Literal["ppo_clip", "gspo", "cispo"] = "ppo_clip"  # a key of losses.POLICY_LOSSES
-    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2
-    dual_clip: float | None = None  # the loss of a negative advantage A is at most this times |A|, for instance 3
-    aggregate: Literal["token", "sequence", "dr"] = "token"  # mean over tokens or rows, or sum over a constant length
-    kl: float = 0.01  # coefficient of the KL term against the initial model; 0: no reference model is kept
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    entropy: float = 0.0  # coefficient of the entropy bonus
-    # factor on the loss where engine and trainer compute different log-probs: the ratio of their probabilities, of each
-    # token, of the reply, or its tokens' geometric mean; cut off at importance_high, or 0 and left out of denominators
-    # where it is not within [importance_low, importance_high]
-    importance: Literal["none", "truncate", "mask"] = "none"
-    importance_level: Literal["token", "sequence", "geometric"] = "token"
-    importance_low: float = 0.5
-    importance_high: float = 2.0
+    advantage: str = option("grpo", "a key of losses.ADVANTAGES: grpo, gigpo, rlvmr, ppo, or one of yours")
+    divide_by_std: bool = option(True, "divide group-centred values by their std; false: Dr. GRPO, mean_norm")
+    stats_over: Literal["steps", "trajectories"] = option(
+        "steps", "group statistics over all steps (as published), or over episodes, each by its first step"
+    )
+    gamma: float = option(0.95, "discount of the step returns (GiGPO)", at_least=0, at_most=1)
+    step_weight: float = option(1.0, "weight of the step-level advantage: GiGPO's omega, RLVMR's alpha", at_least=0)
+    gae_gamma: float = option(1.0, "PPO: discount over the tokens of one reply", at_least=0, at_most=1)
+    gae_lambda: float = option(1.0, "PPO: lambda of the generalised advantage", at_least=0, at_most=1)
+    value_clip: float = option(0.5, "PPO: bound of a value's change in one update, in units of reward", at_least=0)
+    invalid: Literal["malformed", "unavailable"] = option(
+        "malformed", "invalid replies: those not well formed (as published), or also those of actions not on offer"
+    )
+    invalid_penalty: float = option(0.1, "subtracted from the score of a step whose reply was invalid", at_least=0)
+    overlong: Literal["keep", "mask"] = option(
+        "keep", "replies cut off at max_response_tokens: train on them, or leave them out of loss and denominators"
+    )
+    nthr: bool = option(False, "NTHR: weaken the penalty on tokens of lost replies that pull won ones along")
+    nthr_beta: float = option(1.0, "NTHR: factor on the threshold of selection")
+    nthr_eta: float | None = option(
+        None, "NTHR: factor on selected tokens' advantage; null: 2 |0.5 - share of won episodes|"
+    )
+    policy_loss: str = option("ppo_clip", "a key of losses.POLICY_LOSSES: ppo_clip, gspo, cispo, or one of yours")
+    clip_low: float = option(0.2, "the ratio is clipped to at least 1 - clip_low", at_least=0, at_most=1)
+    clip_high: float = option(0.2, "and to at most 1 + clip_high", at_least=0)
+    dual_clip: float | None = option(None, "bound of the loss at negative advantages, in |A|; verl has 3", above=1)
+    aggregate: Literal["token", "sequence", "dr"] = option(
+        "token", "mean over tokens (DAPO), over replies (GRPO), or sum over a constant length (Dr. GRPO)"
+    )
+    kl: float = option(
+        0.01, "coefficient of the KL term against the initial model; 0: no reference is kept", at_least=0
+    )
+    entropy: float = option(0.0, "coefficient of the entropy bonus", at_least=0)
+    importance: Literal["none", "truncate", "mask"] = option(
+        "none", "correct for engine and trainer disagreeing: bounded ratios (TIS), or tokens out of bounds left out"
+    )
+    importance_low: float = option(0.5, "ratios below are masked", at_least=0, at_most=1)
+    importance_high: float = option(2.0, "ratios above are cut to it, or masked", at_least=1)
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM where it is installed
-    groups: int = 16  # games per iteration, over all ranks
-    group_size: int = 8  # episodes per game
-    redraws: int = 0  # how often a group whose episodes all have the same return is replaced by another game's (DAPO)
-    temperature: float = 1.0
-    max_prompt_tokens: int = 2048  # a longer prompt drops its oldest history first
-    max_response_tokens: int = 512
-    concurrency: int = 128  # episodes in flight per rank
-    success_reward: float = 10.0  # reward of the step that wins
-    kv_cache_gib: float = 0.5  # CPU engine's cache
-    tensor_parallel: int = 1  # ranks per engine, for a model that one GPU cannot hold beside the trainer
-    sleep: bool = True  # CUDA: the engine gives its memory back while the models are updated
-    gpu_memory_utilization: float = 0.5  # share of GPU memory that vLLM may take
-    canary_bound: float = 0.2  # largest allowed mean |log-prob difference| between engine and trainer after a sync
+    engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vLLM where it is installed")
+    groups: int = option(16, "GRPO groups an iteration, each of one task, over all ranks", above=0)
+    group_size: int = option(8, "episodes per group", above=0)
+    dynamic_sampling: int = option(
+        0, "how often a group without variance in its returns gives way to another task's (DAPO)", at_least=0
+    )
+    temperature: float = option(1.0, "of sampling in training", above=0)
+    max_prompt_tokens: int = option(2048, "a longer prompt drops its oldest history first", above=0)
+    max_response_tokens: int = option(512, "where a reply is cut off", above=0)
+    concurrency: int = option(128, "episodes in flight per rank", above=0)
+    success_reward: float = option(10.0, "reward of the step that wins", above=0)
+    kv_cache_gib: float = option(0.5, "the engine's cache on CPU", above=0)
+    tensor_parallel: int = option(
+        1, "ranks per engine, for a model that one GPU cannot hold beside the trainer", above=0
+    )
+    gpu_memory_utilization: float = option(0.5, "share of GPU memory that vLLM may take", above=0, at_most=1)
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    enabled: bool = False  # GCD: co-train the actor to judge actions
-    weight: float = 1.0  # factor on L_GCD
-    questions: int = 16  # judged steps per iteration, over all ranks, half of them good where labels allow
-    group_size: int = 8  # answers per question
-    max_prompt_tokens: int = 3072
-    max_response_tokens: int = 512
-    # who labels steps the rules leave open: nobody, the environment's own expert, or a model behind an endpoint
-    teacher: Literal["none", "expert", "openai"] = "none"
-    teacher_steps: int = 64  # unlabelled steps the teacher is shown per iteration, over all ranks
-    # teacher=openai: any OpenAI-compatible endpoint; the paper's is DeepSeek-V3
-    base_url: str = "https://api.deepseek.com"
-    model: str = "deepseek-chat"
-    key_env: str = "DEEPSEEK_API_KEY"  # the environment variable that holds the key; empty: the endpoint needs none
-    votes: int = 1  # answers asked per step
-    agreement: Literal["majority", "unanimous"] = "majority"  # of the votes, for a label
-    teacher_temperature: float = 0.0
-    concurrency: int = 16  # requests in flight per rank
-    timeout_s: float = 60.0
-    retries: int = 4  # of a request that met 429, 5xx, a time-out or a dropped connection; pauses grow
-    max_answer_tokens: int = 1024
-    max_requests: int = 100_000  # of the whole run; after that nothing is asked
-    max_tokens: int = 200_000_000  # likewise, prompts and answers together
-    cache: str = "data/teacher"  # folder of the answers
+    enabled: bool = option(False, "GCD: co-train the policy to judge actions")
+    weight: float = option(1.0, "factor on L_GCD", at_least=0)
+    questions: int = option(16, "judged steps an iteration, over all ranks, half of them good", above=0)
+    group_size: int = option(8, "critiques per question", above=0)
+    max_prompt_tokens: int = option(3072, "a longer question stays unanswered, which is counted", above=0)
+    max_response_tokens: int = option(512, "where a critique is cut off", above=0)
+    teacher: Literal["none", "expert", "openai"] = option(
+        "none", "who labels what the rules leave open: nobody, the environment's teacher, or an endpoint"
+    )
+    teacher_steps: int = option(
+        64, "unlabelled steps that the teacher is shown an iteration, over all ranks", at_least=0
+    )
+    # teacher=openai alone; the paper's is DeepSeek-V3
+    base_url: str = option("https://api.deepseek.com", "any OpenAI-compatible endpoint")
+    model: str = option("deepseek-chat", "the endpoint's model")
+    key_env: str = option("DEEPSEEK_API_KEY", "environment variable that holds the key; empty: none is needed")
+    votes: int = option(1, "answers asked per step", above=0)
+    agreement: Literal["majority", "unanimous"] = option("majority", "of the votes, for a label")
+    teacher_temperature: float = option(0.0, "of the endpoint's answers", at_least=0)
+    concurrency: int = option(16, "requests in flight per rank", above=0)
+    timeout_s: float = option(60.0, "seconds for one answer", above=0)
+    retries: int = option(4, "of a request that met 429, 5xx, a time-out or a dropped connection", at_least=0)
+    max_answer_tokens: int = option(1024, "where an answer is cut off", above=0)
+    max_requests: int = option(100_000, "of the whole run; after that nothing is asked", at_least=0)
+    max_tokens: int = option(200_000_000, "of the whole run, prompts and answers together", at_least=0)
+    cache: str = option("data/teacher", "folder of the answers")
 
 
 @dataclass(frozen=True)
 class GuidelinesConfig:
-    every: int = 0  # iterations between refreshes of the golden rules; 0: none are made
-    file: str = ""  # text file of rules to start with, one a line; with every=0 they stay
-    # who distils advice into a rule: the teacher, the actor, or nobody (the theme's most central sentence is the rule);
-    # auto: the teacher where it is openai, else the actor
-    writer: Literal["auto", "teacher", "actor", "medoid"] = "auto"
-    shown: int = 32  # advice sentences of a theme that the writer is shown, the most frequent first
-    pool: int = 512  # newest advice sentences kept
-    max_chars: int = 200  # length cap of one rule
-    themes: tuple[str, ...] = (
-        "explore unvisited places systematically while searching for the object",
-        "avoid repeating actions that did not change anything",
-        "read the current observation and choose an admissible action",
-        "go to the destination and finish the task once the object is held",
+    every: int = option(0, "iterations between refreshes of the guidelines; 0: none are made", at_least=0)
+    file: str = option("", "text file of guidelines to start with, one a line; with every=0 they stay")
+    writer: Literal["auto", "teacher", "policy", "medoid"] = option(
+        "auto", "who distils advice: an endpoint, the policy, or the most central advice; auto: endpoint, else policy"
+    )
+    themes: tuple[str, ...] = option(
+        (
+            "explore unvisited places systematically while searching for the object",
+            "avoid repeating actions that did not change anything",
+            "read the current observation and choose an admissible action",
+            "go to the destination and finish the task once the object is held",
+        ),
+        "advice is sorted by these, and each gives one guideline",
     )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    iterations: int = 200
-    lr: float = 1e-6
-    critic_lr: float = 1e-5  # of PPO's value model
-    warmup: int = 0  # iterations of linear warm-up
-    schedule: Literal["constant", "linear"] = "constant"  # linear: falls by iterations' share, to 0 after the last one
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # with moments in float32, or in 8 bits (bitsandbytes)
-    max_grad_norm: float = 1.0
-    max_bad_steps: int = 3  # steps in a row that are skipped for a gradient that is not finite; one more ends the run
-    timeout_minutes: float = 60.0  # a rank that others have waited for so long has hung, and the run ends
-    rows_per_update: int = 256  # actor rows per optimizer step, over all ranks; the judge's rows are dealt out alike
-    tokens_per_micro_batch: int = 16384
-    old_logprobs: Literal["trainer", "engine"] = "trainer"  # whose log-probs the policy ratio is taken against
-    checkpoint_every: int = 20
-    keep_checkpoints: int = 2  # older ones are deleted; the last one is always kept
-    eval_every: int = 0  # iterations between evaluations on eval.levels; 0: only evaluate.py evaluates
-    episodes_every: int = 1  # iterations between dumps of all episodes
-    coupling_every: int = 1  # iterations between looks at how rows' gradients are coupled (telemetry.py); 0: never
-    coupling_rows: int = 48  # rows looked at, over all ranks: a third good, a third flawed, a third any
-    wandb: str = ""  # a project of Weights & Biases that is shown the metrics, too; empty: none
+    iterations: int = option(200, "of the whole run", at_least=0)
+    lr: float = option(1e-6, "learning rate of the policy", at_least=0)
+    critic_lr: float = option(1e-5, "learning rate of PPO's value model", at_least=0)
+    warmup: int = option(0, "iterations of linear warm-up", at_least=0)
+    schedule: Literal["constant", "linear"] = option("constant", "linear: falls to 0 after the last iteration")
+    weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
+    optimizer: Literal["adamw", "adamw8bit"] = option("adamw", "moments in float32, or in 8 bits (bitsandbytes)")
+    max_grad_norm: float = option(1.0, "gradients are clipped to it", above=0)
+    samples_per_update: int = option(
+        256, "actions per optimizer step, over all ranks; critiques are dealt alike", above=0
+    )
+    tokens_per_micro_batch: int = option(16384, "of one forward and backward pass", above=0)
+    old_logprobs: Literal["trainer", "engine"] = option("trainer", "whose log-probs the ratio is taken against")
+    timeout_minutes: float = option(60.0, "a rank that others have waited for so long hangs: the run ends", above=0)
+    checkpoint_every: int = option(20, "iterations between checkpoints", above=0)
+    keep_checkpoints: int = option(2, "older ones are deleted; the last one is always kept", above=0)
+    eval_every: int = option(0, "iterations between evaluations on eval.levels; 0: evaluate.py alone does", at_least=0)
+    episodes_every: int = option(1, "iterations between records of all episodes", above=0)
+    coupling_every: int = option(1, "iterations between looks at how gradients are coupled; 0: never", at_least=0)
+    coupling_samples: int = option(48, "samples looked at: a third good, a third flawed, a third any", above=0)
+    wandb: str = option("", "project of Weights & Biases that is shown the metrics, too; empty: none")
 
 
 @dataclass(frozen=True)
 class SFTConfig:
-    # generative: plus critic rows; value: plus judged steps for a value head, a classifier; reading: random behaviour,
-    # for `make base`
-    variant: Literal["vanilla", "generative", "value", "reading"] = "vanilla"
-    writer: Literal["template", "teacher"] = (
-        "template"  # of thoughts and critiques; the teacher is judge.teacher=openai
+    data: str = option("", "JSONL of chat rows to learn; empty: made of the environment's expert")
+    variant: Literal["vanilla", "generative"] = option("vanilla", "generative: judged steps are learned, too")
+    writer: Literal["template", "teacher"] = option("template", "of thoughts and critiques; teacher: the endpoint")
+    episodes: int = option(300, "expert episodes", above=0)
+    judge_examples: int = option(100, "judged steps, half of them good", at_least=0)
+    noise: float = option(0.0, "share of slips played, and not taught, in the episodes", at_least=0, at_most=1)
+    idle: float = option(
+        0.0, "how often the expert first does something pointless, and teaches it", at_least=0, at_most=1
     )
-    episodes: int = 300  # expert (reading: random) episodes
-    critic_examples: int = 100  # judged steps (generative, value)
-    noise: float = 0.0  # share of random actions played, but not taught, in the episodes
-    idle: float = 0.0  # how often the expert first does something pointless, and teaches it: flaws for RL to remove
-    guided: float = 0.0  # share of prompts that carry guidelines
-    # give the fixed passages of prompts that the tokenizer lacks tokens of their own: shorter prompts for a tiny model
-    phrases: bool = False
-    epochs: int = 5
-    lr: float = 1e-5
-    warmup_ratio: float = 0.1
-    rows_per_update: int = 16  # over all ranks
-    tokens_per_micro_batch: int = 16384
-    prompt_loss: float = 0.0  # weight of the loss on prompt tokens; 0: the reply alone
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    guided: float = option(0.0, "share of prompts that carry guidelines", at_least=0, at_most=1)
+    epochs: int = option(5, "passes over the rows", above=0)
+    lr: float = option(1e-5, "learning rate, after warm-up", at_least=0)
+    warmup_ratio: float = option(0.1, "share of updates in which it rises; then a cosine", at_least=0, at_most=1)
+    samples_per_update: int = option(16, "rows per optimizer step, over all ranks", above=0)
+    tokens_per_micro_batch: int = option(16384, "of one forward and backward pass", above=0)
+    prompt_loss: float = option(0.0, "weight of the loss on prompt tokens; 0: the reply alone", at_least=0)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    levels: tuple[str, ...] = ("L0", "L1", "L2")
-    games: int = 0  # play only N games of each level's fixed list, always the same; 0: all
-    seeds: int = 3  # every game is played once per sampling seed
-    temperature: float = 0.4
+    levels: tuple[str, ...] = option(LEVELS, "which of L0, L1, L2")
+    games: int = option(0, "play only N games of each level's fixed list, always the same; 0: all", at_least=0)
+    seeds: int = option(3, "plays of every game, each with its own sampling seed", above=0)
+    temperature: float = option(0.4, "of sampling in evaluation", at_least=0)
 
 
 @dataclass(frozen=True)
 class Config:
-    name: str = "run"  # the run's folder is runs/<name>
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    # which reasoning block the reply must open with: <think>, or one of RLVMR's four, with the plan kept in the prompt
-    prompt_style: Literal["think", "rlvmr"] = "think"
+    name: str = option("run", "the run's folder is runs/<name>")
+    seed: int = option(0, "of everything that is drawn at random")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: CUDA where there is a GPU")
+    prompt_style: Literal["think", "rlvmr"] = option(
+        "think", "a reply opens with <think>, or with one of RLVMR's four tags, and the plan stays in the prompt"
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
@@ -342,6 +270,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
+        """The run's folder."""
         return Path("runs") / self.name
 
 
@@ -379,151 +308,82 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def options(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Walk the tree: each option's full key, its field, its value."""
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        if dataclasses.is_dataclass(value):
+            yield from options(value, f"{prefix}{one.name}.")
+        else:
+            yield prefix + one.name, one, value
+
+
 def check(config: Config) -> None:
-    """Constraints between fields. Raises ConfigError."""
-    known = TASK_TYPES[config.env.name]
-    for name in ("task_types", "held_out_types"):
-        for task_type in getattr(config.env, name):
-            if task_type not in known:
-                raise ConfigError(f"env.{name}: unknown task type {task_type!r}{_nearest(task_type, known)}")
+    """Check every option's range, and the constraints between options. Raises ConfigError.
+
+    What the tables of losses.py and an environment's module know is checked at a script's start, by its preflight().
+    """
+    for key, one, value in options(config):
+        limits = {name: limit for name, limit in one.metadata.items() if name != "what"}
+        if limits and value is not None and not _within(value, **limits):
+            allowed = " and ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in limits.items())
+            raise ConfigError(f"{key} is {value}; it must be {allowed}")
     for level in config.eval.levels:
-        if level not in ("L0", "L1", "L2"):
-            raise ConfigError(f"eval.levels: unknown level {level!r}; levels are L0, L1, L2")
-    positive = {
-        "model.lora_rank": config.model.lora_rank,
-        "env.max_steps": config.env.max_steps,
-        "env.max_moves": config.env.max_moves,
-        "env.machines": config.env.machines,
-        "env.machine_heap_mib": config.env.machine_heap_mib,
-        "rollout.groups": config.rollout.groups,
-        "rollout.group_size": config.rollout.group_size,
-        "rollout.temperature": config.rollout.temperature,
-        "rollout.concurrency": config.rollout.concurrency,
-        "rollout.tensor_parallel": config.rollout.tensor_parallel,
-        "rollout.max_prompt_tokens": config.rollout.max_prompt_tokens,
-        "rollout.max_response_tokens": config.rollout.max_response_tokens,
-        "judge.questions": config.judge.questions,
-        "judge.group_size": config.judge.group_size,
-        "judge.max_response_tokens": config.judge.max_response_tokens,
-        "guidelines.pool": config.guidelines.pool,
-        "train.rows_per_update": config.train.rows_per_update,
-        "train.tokens_per_micro_batch": config.train.tokens_per_micro_batch,
-        "train.timeout_minutes": config.train.timeout_minutes,
-        "train.checkpoint_every": config.train.checkpoint_every,
-        "train.episodes_every": config.train.episodes_every,
-        "train.coupling_rows": config.train.coupling_rows,
-        "sft.episodes": config.sft.episodes,
-        "sft.epochs": config.sft.epochs,
-        "sft.rows_per_update": config.sft.rows_per_update,
-        "sft.tokens_per_micro_batch": config.sft.tokens_per_micro_batch,
-        "eval.seeds": config.eval.seeds,
-    }
-    for key, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"{key} is {value}; it must be positive")
-    check_algo(config)
-    not_negative = {
-        "env.history": config.env.history,
-        "eval.games": config.eval.games,  # 0: all
-        "eval.temperature": config.eval.temperature,
-        "rollout.redraws": config.rollout.redraws,
-        "train.lr": config.train.lr,
-        "train.critic_lr": config.train.critic_lr,
-        "train.eval_every": config.train.eval_every,
-        "train.coupling_every": config.train.coupling_every,
-        "train.max_bad_steps": config.train.max_bad_steps,
-        "sft.lr": config.sft.lr,
-        "guidelines.every": config.guidelines.every,
-    }
-    for key, value in not_negative.items():
-        if value < 0:
-            raise ConfigError(f"{key} is {value}; it must not be negative")
-    if config.judge.enabled and config.judge.group_size < 2:
-        raise ConfigError("judge.group_size is 1; a group-relative judge loss needs at least 2 answers per question")
-    for preset in filter(None, config.env.simplification.split(",")):
-        if preset not in SIMPLIFICATIONS:
-            raise ConfigError(f"env.simplification: unknown preset {preset!r}{_nearest(preset, SIMPLIFICATIONS)}")
-        kinds = (*config.env.types, *config.env.held_out)
-        if preset == "noElectricalAction" and any(
-            "power-component" in kind or "conductivity" in kind for kind in kinds
-        ):
-            raise ConfigError(
-                "env.simplification=noElectricalAction leaves power-component and test-conductivity without a "
-                "solution; name other env.task_types and env.held_out_types"
-            )
-    if config.env.name == "scienceworld" and (config.sft.noise or config.sft.idle or config.sft.variant == "reading"):
-        raise ConfigError("sft.noise, sft.idle and sft.variant=reading are made of ALFWorld's actions; leave them out")
-    if config.guidelines.every and not config.judge.enabled:
-        raise ConfigError("guidelines.every needs judge.enabled=true: golden rules are distilled from critiques")
-    check_model(config)
-    check_teacher(config)
-
-
-def check_model(config: Config) -> None:
-    """Constraints of how the model is held. Raises ConfigError."""
-    if config.model.path == "tiny" and config.model.tune != "full":
-        raise ConfigError("model.path=tiny is made from nothing: model.tune=full")
+        if level not in LEVELS:
+            raise ConfigError(f"eval.levels: unknown level {level!r}; levels are {', '.join(LEVELS)}")
     if config.model.tune == "qlora" and config.model.shard == "always":
         raise ConfigError("4-bit weights are not sharded: with model.tune=qlora leave model.shard=auto")
     if config.rollout.tensor_parallel > 1 and config.rollout.engine == "transformers":
         raise ConfigError("rollout.tensor_parallel is vLLM's; rollout.engine=transformers has one rank per engine")
+    check_algo(config)
+    check_judge(config)
+
+
+def _within(value: float, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf) -> bool:
+    return (value > above or above == -math.inf) and at_least <= value <= at_most
 
 
 def check_algo(config: Config) -> None:
-    """Constraints of the method. Raises ConfigError."""
+    """Check the constraints of the method. Raises ConfigError."""
     algo, relative = config.algo, config.algo.advantage != "ppo"
     if relative and config.rollout.group_size < 2:
-        raise ConfigError("rollout.group_size is 1; a group-relative advantage needs at least 2 episodes per game")
-    if config.rollout.redraws and config.rollout.group_size < 2:
-        raise ConfigError("rollout.redraws compares the episodes of a game; it needs rollout.group_size=2 or more")
+        raise ConfigError("rollout.group_size is 1; a group-relative advantage needs at least 2 episodes per group")
+    if config.rollout.dynamic_sampling and config.rollout.group_size < 2:
+        raise ConfigError("rollout.dynamic_sampling compares a group's episodes; it needs rollout.group_size=2 or more")
     if algo.advantage == "rlvmr" and config.prompt_style != "rlvmr":
         raise ConfigError("algo.advantage=rlvmr rewards the tags of prompt_style=rlvmr; set that, too")
     if algo.nthr and not relative:
         raise ConfigError("algo.nthr contrasts the episodes of a group; algo.advantage=ppo has none")
     if algo.importance != "none" and config.train.old_logprobs == "engine":
         raise ConfigError("algo.importance compares engine and trainer; it needs train.old_logprobs=trainer")
-    if algo.dual_clip is not None and algo.dual_clip <= 1:
-        raise ConfigError(f"algo.dual_clip is {algo.dual_clip}; it bounds a ratio and must be above 1, or null")
-    if algo.similarity is not None and not (0 < algo.similarity <= 1 and algo.advantage == "gigpo"):
-        raise ConfigError(f"algo.similarity={algo.similarity} must be in (0, 1], and is for algo.advantage=gigpo alone")
-    shares = {"algo.clip_low": algo.clip_low}
-    shares |= {"algo.gamma": algo.gamma, "algo.token_gamma": algo.token_gamma, "algo.token_lambda": algo.token_lambda}
-    for key, value in shares.items():
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"{key} is {value}; it must be between 0 and 1")
-    for key in ("clip_high", "value_clip", "overlong_penalty", "kl", "entropy", "step_weight", "invalid_penalty"):
-        if getattr(algo, key) < 0:
-            raise ConfigError(f"algo.{key} is {getattr(algo, key)}; it must not be negative")
-    if not 0 <= algo.importance_low <= 1 <= algo.importance_high:
-        raise ConfigError("algo.importance_low and importance_high must enclose 1, the ratio of equal log-probs")
-    limits = {"rollout": config.rollout.max_response_tokens}
-    limits |= {"judge": config.judge.max_response_tokens} if config.judge.enabled else {}
-    for where, limit in limits.items():
-        if not 0 <= algo.overlong_cache < limit:
-            raise ConfigError(
-                f"algo.overlong_cache={algo.overlong_cache} must be less than {where}.max_response_tokens"
-            )
 
 
-def check_teacher(config: Config) -> None:
-    """Constraints of whoever labels and writes. Raises ConfigError."""
+def check_judge(config: Config) -> None:
+    """Check the constraints of the judge, its teacher and its guidelines. Raises ConfigError."""
     judge = config.judge
+    if judge.enabled and judge.group_size < 2:
+        raise ConfigError("judge.group_size is 1; a group-relative judge loss needs at least 2 critiques per question")
     if judge.votes > 1 and judge.teacher == "openai" and judge.teacher_temperature == 0:
         raise ConfigError(
             "judge.votes counts equal answers at judge.teacher_temperature=0; raise it, for instance to 0.7"
         )
-    for key in ("votes", "concurrency", "timeout_s", "max_answer_tokens"):
-        if getattr(judge, key) <= 0:
-            raise ConfigError(f"judge.{key} is {getattr(judge, key)}; it must be positive")
     for key, writer in (("guidelines", config.guidelines.writer), ("sft", config.sft.writer)):
         if writer == "teacher" and judge.teacher != "openai":
             raise ConfigError(f"{key}.writer=teacher needs judge.teacher=openai")
+    if config.guidelines.every and not judge.enabled:
+        raise ConfigError("guidelines.every needs judge.enabled=true: guidelines are distilled from critiques")
     if config.guidelines.file and not Path(config.guidelines.file).is_file():
-        raise ConfigError(f"guidelines.file={config.guidelines.file} does not exist; it holds one rule a line")
+        raise ConfigError(f"guidelines.file={config.guidelines.file} does not exist; it holds one guideline a line")
+
+
+def check_choice(key: str, value: str, known: Iterable[str]) -> None:
+    """Check that an option names an entry of a table. Raises ConfigError with the nearest one."""
+    if value not in known:
+        raise ConfigError(f"{key}={value!r} is not one of the known ones{nearest(value, known)}")
 
 
 def check_world(config: Config, world: int) -> None:
-    """What is dealt out to the ranks, or to the engines of several ranks, must divide over them. Raises ConfigError."""
+    """Check that what is dealt out divides over the ranks, or over engines of several ranks. Raises ConfigError."""
     per_engine = config.rollout.tensor_parallel
     if world % per_engine:
         raise ConfigError(f"rollout.tensor_parallel={per_engine} does not divide {world} ranks into engines")
@@ -543,35 +403,13 @@ def check_world(config: Config, world: int) -> None:
 
 
 def run_folder(checkpoint: str | Path) -> Path | None:
-    """The run that a checkpoint belongs to, or None for any other model."""
+    """Return the folder of the run that a checkpoint belongs to, or None for any other model."""
     folder = Path(checkpoint)
     return folder.parent.parent if folder.parent.name == "checkpoints" else None
 
 
-def trained_types(checkpoint: str | Path) -> dict[str, str]:
-    """The task types that a checkpoint's run was trained on, or the runs that it started from: type -> run."""
-    types: dict[str, str] = {}
-    runs: set[Path] = set()
-    while (run := run_folder(checkpoint)) and run not in runs and (run / "config.yaml").is_file():
-        runs.add(run)
-        made = load(run / "config.yaml")
-        types = dict.fromkeys(made.env.trained, str(run)) | types
-        checkpoint = made.model.path
-    return types
-
-
-def check_lineage(config: Config) -> None:
-    """Training at level L2 must not go on from a run that saw a held-out task type. Raises ConfigError."""
-    seen = trained_types(config.model.path) if config.env.level == "L2" else {}
-    if leaked := [kind for kind in config.env.held_out if kind in seen]:
-        raise ConfigError(
-            f"env.level=L2 holds out {', '.join(leaked)}, on which {seen[leaked[0]]} was trained: start from a cold "
-            "start with env.level=L2, or from another model"
-        )
-
-
 def to_dict(config: Any) -> dict[str, Any]:
-    """The tree as plain dictionaries and lists, ready for yaml.safe_dump; load() of it gives the same tree."""
+    """Return the tree as plain dictionaries and lists, ready for yaml.safe_dump; load() of it gives the same tree."""
     plain = dataclasses.asdict(config)
 
     def lists(node: Any) -> Any:
@@ -582,14 +420,40 @@ def to_dict(config: Any) -> dict[str, Any]:
     return lists(plain)
 
 
+def dump(config: Config) -> str:
+    """Return the resolved tree as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
+
+
 def save(config: Config, path: Path) -> None:
     """Write the resolved tree as YAML."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dump(config), encoding="utf-8")
 
 
+def manual() -> str:
+    """Describe every option, one after the other: key, default, range, what it does."""
+    lines = []
+    for key, one, _ in options(Config()):
+        limits = ", ".join(f"{name.replace('_', ' ')} {n:g}" for name, n in one.metadata.items() if name != "what")
+        default = to_dict(Config())
+        for part in key.split("."):
+            default = default[part]
+        first = f"{key} = {yaml.safe_dump(default, default_flow_style=True, width=10**6).splitlines()[0]}"
+        lines.append(textwrap.shorten(first, 110) + (f"   ({limits})" if limits else ""))
+        choices = typing.get_args(typing.get_type_hints(_owner(key))[one.name])
+        named = f" [{' | '.join(choices)}]" if choices and all(isinstance(choice, str) for choice in choices) else ""
+        lines.append(textwrap.fill(one.metadata["what"] + named, 110, initial_indent="    ", subsequent_indent="    "))
+    return "\n".join(lines)
+
+
+def _owner(key: str) -> type:
+    section = key.rpartition(".")[0]
+    return type(getattr(Config(), section)) if section else Config
+
+
 def parser(description: str, config_required: bool = True) -> argparse.ArgumentParser:
-    """The command line that all scripts share: a config file and --set."""
+    """Return the command line that all scripts share: a config file and --set."""
     command = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("config", nargs=None if config_required else "?", help="YAML file, see configs/")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
@@ -606,11 +470,6 @@ def _fill_in(text: str, config: Config, where: str) -> str:
         return str(node)
 
     return re.sub(r"\{([\w.]+)\}", value, text)
-
-
-def dump(config: Config) -> str:
-    """The resolved tree as YAML."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -648,7 +507,8 @@ def _merge(base: Any, over: Any) -> Any:
     return over
 
 
-def _nearest(key: str, valid: typing.Iterable[str]) -> str:
+def nearest(key: str, valid: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the one that was meant, or else all that there are."""
     close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(valid)}"
 
@@ -661,7 +521,7 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     for key, value in tree.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            raise ConfigError(f"unknown key {name}{_nearest(str(key), hints)}")
+            raise ConfigError(f"unknown key {name}{nearest(str(key), hints)}")
         read = _build if dataclasses.is_dataclass(hints[key]) else _parse
         values[key] = read(hints[key], value, name)
     return cls(**values)
@@ -699,7 +559,7 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
     raise ConfigError(f"{name}={value!r}: expected {hint.__name__}")
 
 
-def fail_clearly(main: typing.Callable[[], None]) -> None:
+def fail_clearly(main: Callable[[], None]) -> None:
     """Run a script's main(). The project's own errors end it with one line and exit code 2, others with a traceback.
 
     It ends at once: a rank must not wait, in the clean-up of its process group or for a hanging environment's thread,
@@ -719,5 +579,5 @@ def fail_clearly(main: typing.Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__).parse_args()
-    fail_clearly(lambda: print(dump(load(arguments.config, arguments.set))))
+    arguments = parser(__doc__, config_required=False).parse_args()
+    fail_clearly(lambda: print(dump(load(arguments.config, arguments.set)) if arguments.config else manual()))

@@ -1,56 +1,51 @@
-"""Environments behind one interface: task lists and splits, playing, experts.
+"""Environments behind one interface: what a module of one must offer, task lists by level, and a look at them.
 
-    tasks(env_cfg, level, "train" | "eval") -> list[Task]
-    env = make_env(env_cfg);  env.reset(task) -> Observation;  env.step(action) -> Observation
-    make_expert(env_cfg).reset(task) -> action;  .step(action) -> next action
-    python envs.py --splits                     # how many tasks each level has
-    python envs.py --play scienceworld          # the expert's episode of one task, in full
+    env = envs.load("my_package.my_env")            a module under environments/, or any importable one
+    python envs.py --splits                         print how many tasks each level has
+    python envs.py --play NAME                      print the expert's episode of one task, in full
+    python envs.py --gold                           print how long experts' solutions are, where they are known
 
-ALFWorld is played natively (games.py) or, with env.engine=textworld, by TextWorld itself; ScienceWorld by its simulator
-(sciworld.py).  Success is strict: ALFWorld's `won`, ScienceWorld's score of 100.
-Departures from published code: the published rule of success for ScienceWorld (over, and a score above 0: waiting wins,
-too) is told as `won_loose` beside the strict one, and never trained on.  All episodes of a group play one task, and
-evaluation lists are fixed and whole.  ALFWorld's `help` is not offered, as there, and also not played.  The ALFWorld
-expert is alfworld's own hand-coded one, with its "put" test mended for the "move" dialect, without its ceremonial first
-`look` and its actions that do nothing; the ScienceWorld expert follows the simulator's gold path.
+One environment is one module that holds everything of its own:
+
+    TASK_TYPES, HELD_OUT_TYPES                      names; what level L2 evaluates on and never trains on
+    PROMPT                                          prompts.EnvPrompt: its words in the prompts
+    tasks(env_cfg, split) -> list[Task]             the whole fixed list of a split: "train", "seen", "unseen"
+    make(env_cfg) -> Environment                    for one episode at a time
+    make_expert(env_cfg, seed) -> Expert            optional: for a cold start
+    make_teacher(env_cfg, task) -> StepTeacher      optional: for judge.teacher=expert
+    TEMPLATES                                       optional: its words in a cold start (sft_data.Templates)
+    check(env_cfg)                                  optional: raise ConfigError for options that it cannot take
+    data_folder(env_cfg) -> Path                    optional: where its data lie, if $VARIABLE can say so, too
+    expert_table(env_cfg) -> str                    optional: for --gold
+
+Success is strict.  All episodes of a group play one task, and evaluation lists are fixed and whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
-import random
+import importlib
+import pkgutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
-from tqdm import tqdm
+from types import ModuleType
+from typing import Protocol
 
 import config as configuration
-import games
-import sciworld
-from config import ConfigError, EnvConfig
+from config import LEVELS, Config, ConfigError, EnvConfig, nearest
 
-RECEPTACLE_TYPES = frozenset(  # what can be gone to, as ALFWorld names it; everything else is an object
-    "armchair bathtubbasin bed cabinet cart coffeemachine coffeetable countertop desk diningtable drawer dresser "
-    "fridge garbagecan handtowelholder laundryhamper microwave ottoman safe shelf sidetable sinkbasin sofa "
-    "stoveburner toaster toilet toiletpaperhanger towelholder tvstand".split()
-)
-MAX_TRIES = 20  # of the expert, at one step
-SPLITS = {  # what a level evaluates on; every level trains on "train"
-    "alfworld": {"L0": "valid_seen", "L1": "valid_unseen", "L2": "valid_unseen"},
-    "scienceworld": {"L0": "dev", "L1": "test", "L2": "test"},
-}
+SPLITS = {"L0": "seen", "L1": "unseen", "L2": "unseen"}  # what a level evaluates on; every level trains on "train"
+REQUIRED = ("TASK_TYPES", "HELD_OUT_TYPES", "PROMPT", "tasks", "make")  # of an environment's module
+ROOT = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Task:
-    """One game: `id` is its folder below json_2.1.1/, or ScienceWorld's "task/variation"."""
+    """One task of an environment; its `id` is unique there."""
 
     env: str
     type: str
@@ -63,303 +58,185 @@ class Observation:
     """What an environment answers to a reset or an action."""
 
     text: str
-    actions: tuple[str, ...]  # ScienceWorld: its templates, with OBJ for an object
-    task: str
+    actions: tuple[str, ...]  # what is on offer; may hold a placeholder for `objects`
+    task: str  # the task in words
     score: float  # in [0, 1]
     done: bool
     won: bool
-    objects: tuple[str, ...] = ()  # ScienceWorld: what OBJ can stand for
-    available: bool | None = None  # whether the action that led here could be done; None: whether it was on the list
-    won_loose: bool = False  # won by the published rule for ScienceWorld
+    objects: tuple[str, ...] = ()  # what a placeholder can stand for
+    available: bool | None = None  # whether the action that led here could be done; None: whether it was on offer
+    won_loose: bool = False  # won by a looser rule that others have published; logged, never trained on
 
 
-def tasks(env_cfg: EnvConfig, level: str, phase: str) -> list[Task]:
-    """The fixed task list of a level, "train" or "eval", in a stable order.
+class Environment(Protocol):
+    """One environment, for one episode at a time. Whatever it raises costs a restart, then the episode."""
 
-    L0 is new tasks of the kinds trained on (ALFWorld: in rooms seen in training; ScienceWorld: the simulator's "dev"
-    variations), L1 further ones (unseen rooms; "test"), L2 held-out task types (of L1's split). L0 and L1 train on the
-    same tasks, L2 on those of the types it does not hold out. Source: GiGPO's and RLVMR's code. Raises ConfigError if
-    the data (ScienceWorld: Java) are missing or a level is left without tasks.
-    """
-    if phase not in ("train", "eval") or level not in ("L0", "L1", "L2"):
-        raise ValueError(f"no tasks for level {level!r}, phase {phase!r}")
-    types = env_cfg.held_out if level == "L2" and phase == "eval" else replace(env_cfg, level=level).trained
-    split = "train" if phase == "train" else SPLITS[env_cfg.name][level]
-    found = (_alfworld_tasks if env_cfg.name == "alfworld" else _scienceworld_tasks)(env_cfg, split, types)
-    assert not (phase == "train" and level == "L2" and {task.type for task in found} & set(env_cfg.held_out))
-    if not found:
-        where = data_folder(env_cfg) / "json_2.1.1" / split if env_cfg.name == "alfworld" else f"the {split} split"
-        raise ConfigError(f"level {level} ({phase}) has no games of types {', '.join(types)} in {where}")
-    return found
+    threaded: bool  # whether a step is slow enough for a thread of its own
+
+    def reset(self, task: Task) -> Observation:
+        """Begin an episode."""
+
+    def step(self, action: str) -> Observation:
+        """Do an action; any text is one."""
+
+    def restart(self) -> None:
+        """Recover from an error: the next call is reset()."""
 
 
-def _alfworld_tasks(env_cfg: EnvConfig, split: str, types: Sequence[str]) -> list[Task]:
-    return [
-        Task("alfworld", trial.split("-")[0], f"{split}/{trial}", split)
-        for trial, solvable in sorted(_scan(data_folder(env_cfg), split).items())
-        if solvable and "movable" not in trial and "Sliced" not in trial and trial.split("-")[0] in types
-    ]
+class Expert(Protocol):
+    """Somebody to imitate: follows an episode and says what to do next, None where it has no idea."""
+
+    actions_left: int | None  # to the end, where it knows: such an expert plays a task the same way each time
+
+    def reset(self, task: Task) -> str | None:
+        """Begin an episode; the first action."""
+
+    def step(self, action: str) -> str | None:
+        """Take note that `action` was done; the next action."""
 
 
-def _scienceworld_tasks(env_cfg: EnvConfig, split: str, types: Sequence[str]) -> list[Task]:
-    sciworld.java()
-    return [
-        Task("scienceworld", name, f"{name}/{variation}", split)
-        for name in sorted(types)
-        for variation in sciworld.variations(name)[split]
-    ]
+class StepTeacher(Protocol):
+    """Somebody who labels the actions of one episode, with the full state in view."""
 
+    def judge(self, action: str, raised: bool = False) -> int:
+        """Label `action`, which `raised` the score or did not, as the next one: 1 good, 0 flawed."""
 
-def data_folder(env_cfg: EnvConfig) -> Path:
-    """The folder that holds json_2.1.1/: env.data, else $ALFWORLD_DATA. Raises ConfigError if neither is set.
-    ScienceWorld: the folder for its gold paths."""
-    if env_cfg.name == "scienceworld":
-        return sciworld.data_folder(env_cfg)
-    folder = env_cfg.data or os.environ.get("ALFWORLD_DATA", "")
-    if not folder:
-        raise ConfigError(
-            "no games: set $ALFWORLD_DATA (filled by `alfworld-download`) or env.data (filled by "
-            "`python make_games.py --out DIR ...`)"
-        )
-    return Path(folder)
+    def best_action(self) -> str | None:
+        """Say what it would do now."""
 
 
 @functools.cache
-def _scan(folder: Path, split: str) -> dict[str, bool]:
-    """Each trial of a split -> whether it is solvable. Reading thousands of games takes a while, so it is cached."""
-    root = folder / "json_2.1.1" / split
-    trials = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/game.tw-pddl"))
-    if not trials:
-        raise ConfigError(
-            f"no games in {root}: fill it with `ALFWORLD_DATA={folder} alfworld-download` or "
-            f"`python make_games.py --out {folder} ...`"
-        )
-    cache = root.with_suffix(".index.json")
+def load(name: str) -> ModuleType:
+    """Import an environment's module. Raises ConfigError, with the nearest name, if there is none, or no whole one."""
+    if not name:
+        raise ConfigError(f"env.name is empty: say which environment{nearest(name, names())}, or a module of yours")
+    path = f"environments.{name}" if name in names() else name
+    if path == name and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a module beside the user's own config
+    unknown = ConfigError(
+        f"env.name={name!r} is neither under environments/ nor an importable module{nearest(name, names())}"
+    )
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise unknown
     try:
-        known = json.loads(cache.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if not isinstance(known, dict) or sorted(known) != trials:
-        stored = {trial: json.loads((root / trial / "game.tw-pddl").read_text()) for trial in trials}
-        known = {trial: game.get("solvable", False) for trial, game in stored.items()}
-        try:
-            fresh = cache.with_suffix(f".{os.getpid()}")
-            fresh.write_text(json.dumps(known))
-            fresh.replace(cache)
-        except OSError:
-            pass  # a read-only data folder is scanned anew each time
-    return known
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):  # it exists, and lacks something itself
+            raise
+        raise unknown from None
+    if missing := [one for one in REQUIRED if not hasattr(module, one)]:
+        raise ConfigError(f"env.name={name!r}: {path} is no environment, it lacks {', '.join(missing)} (see envs.py)")
+    return module
 
 
-@functools.lru_cache(maxsize=4096)
-def _parse(path: Path) -> games.Game:
-    return games.parse(path / "game.tw-pddl")
+@functools.cache
+def names() -> tuple[str, ...]:
+    """List the environments that come with the project."""
+    found = [module.name for module in pkgutil.iter_modules([str(ROOT / "environments")])]
+    return tuple(name for name in found if not name.endswith("_engine"))
 
 
-def parsed_game(env_cfg: EnvConfig, task: Task) -> games.Game:
-    """An ALFWorld task's game, parsed once."""
-    return _parse(game_path(env_cfg, task))
+def make_expert(env_cfg: EnvConfig, seed: int = 0) -> Expert:
+    """Make the environment's expert. Raises ConfigError if it has none."""
+    make = getattr(load(env_cfg.name), "make_expert", None)
+    if make is None:
+        raise ConfigError(
+            f"the environment {env_cfg.name} has no make_expert(env_cfg, seed): a cold start needs it, or rows of your "
+            "own (sft.data=FILE)"
+        )
+    return make(env_cfg, seed)
 
 
-def game_path(env_cfg: EnvConfig, task: Task) -> Path:
-    """The folder of an ALFWorld task's game."""
-    return data_folder(env_cfg) / "json_2.1.1" / task.id
+def make_teacher(env_cfg: EnvConfig, task: Task) -> StepTeacher:
+    """Make the environment's teacher of one task's episode."""
+    check_teacher(env_cfg)
+    return load(env_cfg.name).make_teacher(env_cfg, task)
 
 
-def make_env(env_cfg: EnvConfig) -> Any:
-    """One environment, for one episode at a time."""
-    if env_cfg.name == "scienceworld":
-        return ScienceWorld(env_cfg)
-    return NativeAlfworld(env_cfg) if env_cfg.engine == "native" else TextWorldAlfworld(env_cfg)
-
-
-class NativeAlfworld:
-    """ALFWorld played by games.py."""
-
-    threaded = False  # a step costs microseconds: no thread is worth it
-
-    def __init__(self, env_cfg: EnvConfig) -> None:
-        self.env_cfg = env_cfg
-        self.play: games.Play
-
-    def reset(self, task: Task) -> Observation:
-        self.play = games.Play(parsed_game(self.env_cfg, task))
-        return self._observe(self.play.text)
-
-    def step(self, action: str) -> Observation:
-        return self._observe(self.play.step(action) if action.strip() != "help" else "Nothing happens.")
-
-    def restart(self) -> None:
-        pass
-
-    def _observe(self, text: str) -> Observation:
-        return _alfworld_observation(text, self.play.actions, self.play.game.task, self.play.won)
-
-
-class TextWorldAlfworld:
-    """ALFWorld played by TextWorld with alfworld's own domain: the reference, about 400 times slower."""
-
-    threaded = False  # TextWorld's grammar parser is one global object
-
-    def __init__(self, env_cfg: EnvConfig) -> None:
-        self.env_cfg = env_cfg
-        self.engine: Any = None
-        self.task = ""
-        self.state: Any = None
-
-    def reset(self, task: Task) -> Observation:
-        stored = json.loads((game_path(self.env_cfg, task) / "game.tw-pddl").read_text())
-        self.task = games.task_sentence(stored)
-        self.engine = games.textworld_env(stored)
-        self.state = self.engine.reset()
-        return self._observe(self.state["feedback"])
-
-    def step(self, action: str) -> Observation:
-        action = action.strip()
-        available = action in self.state["admissible_commands"] and action != "help"
-        if available:
-            self.state, _, _ = self.engine.step(action)
-        return self._observe(self.state["feedback"] if available else "Nothing happens.")
-
-    def restart(self) -> None:
-        self.engine = None
-
-    def _observe(self, text: str) -> Observation:
-        return _alfworld_observation(text, self.state["admissible_commands"], self.task, bool(self.state["won"]))
-
-
-def _alfworld_observation(text: str, actions: list[str], task: str, won: bool) -> Observation:
-    offered = tuple(action for action in actions if action != "help")
-    return Observation(text.strip(), offered, task, float(won), won, won, won_loose=won)
-
-
-class ScienceWorld:
-    """ScienceWorld's simulator, with others in one Java machine.
-
-    An action is available if the simulator understands it (with env.list_valid: if it is in the simulator's list of
-    valid actions, as published).
-    """
-
-    threaded = True  # a step takes 10 ms or more, in Java
-
-    def __init__(self, env_cfg: EnvConfig) -> None:
-        self.env_cfg = env_cfg
-        self.machine = sciworld.machine(env_cfg)
-        self.simulator: sciworld.Simulator | None = None
-
-    def reset(self, task: Task) -> Observation:
-        if self.simulator is None:
-            self.simulator = sciworld.Simulator(self.machine)
-        name, _, variation = task.id.rpartition("/")
-        return self._observe(self.simulator.load(name, int(variation), self.env_cfg.simplification))
-
-    def step(self, action: str) -> Observation:
-        listed = self.env_cfg.list_valid and action in self.simulator.valid_actions()
-        state = self.simulator.step(action)
-        return self._observe(state, listed if self.env_cfg.list_valid else state.accepted)
-
-    def restart(self) -> None:
-        self.simulator = None  # the next one starts the machine anew if it has died
-
-    def _observe(self, state: sciworld.State, available: bool = True) -> Observation:
-        won = state.score == 100
-        done = won or state.complete or state.score < 0 or state.moves > self.env_cfg.max_moves
-        return Observation(
-            text=state.text,
-            actions=self.simulator.templates,
-            task=self.simulator.goal,
-            score=max(0, state.score) / 100,
-            done=done,
-            won=won,
-            objects=state.objects,
-            available=available,
-            won_loose=done and state.score > 0,
+def check_teacher(env_cfg: EnvConfig) -> None:
+    """Check that the environment has a teacher. Raises ConfigError."""
+    if not hasattr(load(env_cfg.name), "make_teacher"):
+        raise ConfigError(
+            f"the environment {env_cfg.name} has no make_teacher(env_cfg, task): set judge.teacher=none or openai"
         )
 
 
-class AlfworldExpert:
-    """alfworld's hand-coded expert: it explores as an agent must and is not told where things are.
+def make_pool(env_cfg: EnvConfig, size: int) -> list[Environment]:
+    """Make the environments to play in at once."""
+    return [load(env_cfg.name).make(env_cfg) for _ in range(size)]
 
-    It follows the episode in a native game of its own, so it serves both engines. `seed` fixes its random choices.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Task types, levels and splits
+
+
+def task_types(env_cfg: EnvConfig) -> tuple[str, ...]:
+    """List the task types of levels L0 and L1."""
+    return env_cfg.task_types or load(env_cfg.name).TASK_TYPES
+
+
+def held_out_types(env_cfg: EnvConfig) -> tuple[str, ...]:
+    """List the task types that level L2 evaluates on."""
+    return env_cfg.held_out_types or load(env_cfg.name).HELD_OUT_TYPES
+
+
+def trained_types(env_cfg: EnvConfig, level: str = "") -> tuple[str, ...]:
+    """List the task types that training at a level (default: env.level) sees."""
+    held_out = held_out_types(env_cfg) if (level or env_cfg.level) == "L2" else ()
+    return tuple(kind for kind in task_types(env_cfg) if kind not in held_out)
+
+
+def tasks(env_cfg: EnvConfig, level: str, phase: str) -> list[Task]:
+    """List the tasks of a level, "train" or "eval": all of them, in a stable order.
+
+    L0 is new tasks of the kinds trained on, in rooms (or variations) seen in training; L1 the same in unseen ones; L2
+    held-out task types, of L1's split. L0 and L1 train on the same tasks, L2 on those of the types it does not hold
+    out. Source: GiGPO's and RLVMR's code. Raises ConfigError if the data are missing or a level is left without tasks.
     """
-
-    def __init__(self, env_cfg: EnvConfig, seed: int = 0) -> None:
-        self.env_cfg = env_cfg
-        self.random = random.Random(seed)
-
-    def reset(self, task: Task) -> str | None:
-        from alfworld.agents.expert import HandCodedTWAgent
-
-        folder = game_path(self.env_cfg, task)
-        self.play = games.Play(parsed_game(self.env_cfg, task))
-        self.agent = HandCodedTWAgent(max_steps=1000)
-        self.agent.reset(str(folder / "game.tw-pddl"))
-        self.agent.observe(self.play.text)
-        self.play.step("look")
-        return self._next("look")
-
-    def step(self, action: str) -> str | None:
-        """The next action after `action` was taken; None where the expert has no idea."""
-        self.play.step(action)
-        return None if self.play.won else self._next(action)
-
-    def _next(self, last: str) -> str | None:
-        """The expert's next admissible action. Of what it asks for in vain it is told that nothing happened, and it
-        thinks again: those tries are neither played nor taught."""
-        names, play = self.play.game.names, self.play
-        facts = [("inreceptacle", obj, place) for place, held in play.contents.items() for obj in held]
-        facts = [SimpleNamespace(name=name, names=[names[obj], names[place]]) for name, obj, place in facts]
-        if play.held is not None:
-            facts.append(SimpleNamespace(name="holds", names=["agent", names[play.held]]))
-        for verb, name in (("clean", "isclean"), ("heat", "ishot"), ("cool", "iscool")):
-            facts += [SimpleNamespace(name=name, names=[names[obj]]) for obj in play.changed[verb]]
-        offered = [action for action in play.actions if action != "help"]
-        state = {"feedback": play.text, "facts": facts, "admissible_commands": offered, "won": play.won}
-        if last.startswith("move "):  # the expert's bookkeeping still waits for the old word
-            last = "put " + last.removeprefix("move ")
-        for _ in range(MAX_TRIES):
-            action = self._ask(state, last)
-            if action is None or action in offered:
-                return action
-            state, last = state | {"feedback": "Nothing happens."}, action
-        return None
-
-    def _ask(self, state: dict[str, Any], last: str) -> str | None:
-        """What alfworld's expert says, None where it gives up."""
-        from alfworld.agents.expert import HandCodedAgentTimeout
-        from alfworld.agents.expert.handcoded_expert import HandCodedAgentFailed
-
-        kept = random.getstate()  # the expert draws from the global generator
-        random.seed(self.random.random())
-        try:
-            return self.agent.act(state, 0, state["won"], last)
-        except (HandCodedAgentTimeout, HandCodedAgentFailed, IndexError):  # its ways of giving up
-            return None
-        finally:
-            random.setstate(kept)
+    if phase not in ("train", "eval") or level not in LEVELS:
+        raise ValueError(f"no tasks for level {level!r}, phase {phase!r}")
+    types = held_out_types(env_cfg) if level == "L2" and phase == "eval" else trained_types(env_cfg, level)
+    split = "train" if phase == "train" else SPLITS[level]
+    found = [task for task in load(env_cfg.name).tasks(env_cfg, split) if task.type in types]
+    assert not (phase == "train" and level == "L2" and {task.type for task in found} & set(held_out_types(env_cfg)))
+    if not found:
+        where = f" in {env_cfg.data}" if env_cfg.data else ""
+        of_types = ", ".join(types) or "none (no type is held out)"
+        raise ConfigError(f"level {level} ({phase}) has no tasks of types {of_types} in split {split!r}{where}")
+    return found
 
 
-class GoldPath:
-    """ScienceWorld's expert: the simulator's own solution, action by action. It does not recover from other actions."""
-
-    def __init__(self, env_cfg: EnvConfig) -> None:
-        self.env_cfg = env_cfg
-
-    def reset(self, task: Task) -> str | None:
-        name, _, variation = task.id.rpartition("/")
-        self.left = sciworld.gold_path(self.env_cfg, name, int(variation))
-        return next(iter(self.left), None)
-
-    def step(self, action: str) -> str | None:
-        """The next action after `action` was taken; the same again if that was another; None at the end."""
-        if self.left and action == self.left[0]:
-            self.left = self.left[1:]
-        return next(iter(self.left), None)
+def check(env_cfg: EnvConfig) -> None:
+    """Check an environment's options against its module. Raises ConfigError."""
+    env = load(env_cfg.name)
+    for key in ("task_types", "held_out_types"):
+        for one in getattr(env_cfg, key):
+            if one not in env.TASK_TYPES:
+                raise ConfigError(f"env.{key}: unknown task type {one!r}{nearest(one, env.TASK_TYPES)}")
+    if hasattr(env, "check"):
+        env.check(env_cfg)
 
 
-def make_expert(env_cfg: EnvConfig, seed: int = 0) -> AlfworldExpert | GoldPath:
-    """The environment's own expert."""
-    return AlfworldExpert(env_cfg, seed) if env_cfg.name == "alfworld" else GoldPath(env_cfg)
+def lineage(checkpoint: str | Path) -> dict[str, str]:
+    """Find the task types that a checkpoint's run was trained on, or the runs that it started from: type -> run."""
+    types: dict[str, str] = {}
+    runs: set[Path] = set()
+    while (run := configuration.run_folder(checkpoint)) and run not in runs and (run / "config.yaml").is_file():
+        runs.add(run)
+        config = configuration.load(run / "config.yaml")
+        types = dict.fromkeys(trained_types(config.env), str(run)) | types
+        checkpoint = config.model.path
+    return types
+
+
+def check_lineage(config: Config) -> None:
+    """Check that training at level L2 does not go on from a run that saw a held-out type. Raises ConfigError."""
+    seen = lineage(config.model.path) if config.env.level == "L2" else {}
+    if leaked := [kind for kind in held_out_types(config.env) if kind in seen]:
+        raise ConfigError(
+            f"env.level=L2 holds out {', '.join(leaked)}, on which {seen[leaked[0]]} was trained: start from a cold "
+            "start with env.level=L2, or from another model"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,8 +244,9 @@ def make_expert(env_cfg: EnvConfig, seed: int = 0) -> AlfworldExpert | GoldPath:
 
 
 def split_table(env_cfg: EnvConfig) -> str:
-    """How many tasks each level trains and evaluates on, by task type."""
-    levels = [(level, phase) for level in ("L0", "L1", "L2") for phase in ("train", "eval")]
+    """Count the tasks that each level trains and evaluates on, by task type."""
+    used = [level for level in LEVELS if level != "L2" or held_out_types(env_cfg)]
+    levels = [(level, phase) for level in used for phase in ("train", "eval")]
     counts = {key: Counter(task.type for task in tasks(env_cfg, *key)) for key in levels}
     lines = [f"{env_cfg.name:<52}" + "".join(f"{level} {phase:<8}" for level, phase in levels)]
     for kind in sorted(set().union(*counts.values())):
@@ -376,59 +254,51 @@ def split_table(env_cfg: EnvConfig) -> str:
     return "\n".join([*lines, f"{'all':<52}" + "".join(f"{counts[key].total():<11}" for key in levels)])
 
 
-def gold_table(env_cfg: EnvConfig) -> str:
-    """The gold path of each ScienceWorld task type's first variation: its length in every split against env.max_steps,
-    and the score and the simulated time that it reaches in training's."""
-    splits = ("train", "dev", "test")
-    lines = [f"{'actions in the first gold path':<52}" + "".join(f"{split:<8}" for split in splits) + "score   moves"]
-    longer: Counter[str] = Counter()
-    for name in tqdm(env_cfg.types, desc="gold paths", unit=" types"):
-        first = {split: sciworld.variations(name)[split][0] for split in splits}
-        paths = {split: sciworld.gold_path(env_cfg, name, variation) for split, variation in first.items()}
-        for split, path in paths.items():
-            if len(path) > env_cfg.max_steps:
-                longer.update({split: 1, f"all {split}": len(sciworld.variations(name)[split])})
-        simulator = sciworld.Simulator(sciworld.machine(env_cfg))
-        state = simulator.load(name, first["train"], env_cfg.simplification)
-        for action in paths["train"]:
-            state = simulator.step(action)
-        lengths = "".join(f"{len(path):<8}" for path in paths.values())
-        lines.append(f"{name:<52}{lengths}{state.score:<8}{state.moves}")
-    limit = f"types longer than env.max_steps={env_cfg.max_steps}"
-    for what, prefix in ((limit, ""), ("tasks of these types", "all ")):
-        lines.append(f"{what:<52}" + "".join(f"{longer[prefix + split]:<8}" for split in splits))
-    return "\n".join(lines)
-
-
 def play(env_cfg: EnvConfig, task: Task) -> str:
-    """The expert's episode of a task, in full."""
-    env, expert = make_env(env_cfg), make_expert(env_cfg)
-    seen, action = env.reset(task), expert.reset(task)
-    lines = [task.id, f"Task: {seen.task}", "", seen.text]
-    while action is not None and not seen.done:
-        seen = env.step(action)
-        lines += [f"\n> {action}", seen.text]
+    """Tell the expert's episode of a task, in full."""
+    (env,), expert = make_pool(env_cfg, 1), make_expert(env_cfg)
+    observation, action = env.reset(task), expert.reset(task)
+    lines = [task.id, f"Task: {observation.task}", "", observation.text]
+    while action is not None and not observation.done:
+        observation = env.step(action)
+        lines += [f"\n> {action}", observation.text]
         action = expert.step(action)
-    return "\n".join([*lines, "", f"won: {seen.won}, score: {seen.score}"])
+    return "\n".join([*lines, "", f"won: {observation.won}, score: {observation.score}"])
+
+
+def tables(chosen: Sequence[EnvConfig], gold: bool) -> list[str]:
+    """Describe environments: their experts' solutions, or else their splits; of those without data what they lack."""
+    texts = []
+    for env_cfg in chosen:
+        try:
+            if not gold:
+                texts.append(split_table(env_cfg))
+            elif hasattr(load(env_cfg.name), "expert_table"):
+                texts.append(load(env_cfg.name).expert_table(env_cfg))
+            elif len(chosen) == 1:
+                raise ConfigError(f"the environment {env_cfg.name} has no expert_table(env_cfg)")
+        except ConfigError as error:
+            if len(chosen) == 1:
+                raise
+            texts.append(f"{env_cfg.name}: {error}")
+    return texts
 
 
 def main() -> None:
-    """The command line."""
+    """Print what the command line asks for."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--splits", action="store_true", help="the tasks of each level")
-    command.add_argument("--gold", action="store_true", help="how long ScienceWorld's gold paths are (takes minutes)")
-    command.add_argument("--play", choices=sorted(SPLITS), help="the expert's episode of one task")
-    command.add_argument("--data", default="", help="ALFWorld's games; default: $ALFWORLD_DATA")
+    command.add_argument("--gold", action="store_true", help="how long experts' solutions are (takes minutes)")
+    command.add_argument("--play", metavar="NAME", help="the expert's episode of one task of this environment")
+    command.add_argument("--env", metavar="NAME", help="for --splits and --gold: this environment alone")
+    command.add_argument("--data", default="", help="folder of the environment's data (env.data)")
     command.add_argument("--task", type=int, default=0, help="which task of L0's evaluation list to play")
     arguments = command.parse_args()
-    alfworld, scienceworld = EnvConfig(data=arguments.data), EnvConfig(name="scienceworld")
-    if arguments.splits:
-        print(split_table(scienceworld))
-        print(split_table(alfworld))
-    if arguments.gold:
-        print(gold_table(scienceworld))
+    if arguments.splits or arguments.gold:
+        chosen = [EnvConfig(name=name, data=arguments.data) for name in ([arguments.env] if arguments.env else names())]
+        print("\n".join(tables(chosen, arguments.gold)))
     if arguments.play:
-        env_cfg = {"alfworld": alfworld, "scienceworld": scienceworld}[arguments.play]
+        env_cfg = EnvConfig(name=arguments.play, data=arguments.data)
         found = tasks(env_cfg, "L0", "eval")
         if not 0 <= arguments.task < len(found):
             raise ConfigError(f"--task {arguments.task}: there are tasks 0 to {len(found) - 1}")

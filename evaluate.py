@@ -25,7 +25,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import config as configuration  # before torch: it sets the number of threads
 
@@ -33,23 +32,23 @@ import config as configuration  # before torch: it sets the number of threads
 import numpy as np
 
 import envs
-from config import Config, ConfigError
-from model import load_actor
-from ranks import gather, join_ranks
-from records import episode_bar
-from rollout import Engine, Episode, collect, make_engine
-from telemetry import repeats
+from config import LEVELS, Config, ConfigError
+from distributed import all_gather_objects, init_distributed
+from engine import Engine, make_engine
+from logger import repeats
+from model import load_model
+from rollout import Episode, play
 
 EVALUATION = -1  # takes the iteration's place in sampling seeds, so they differ from training's
 
 
 def main() -> None:
-    """The command line."""
+    """Evaluate a checkpoint, or print a table of what was found of several."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--ckpt", help="a run's checkpoint, a Hugging Face folder or an id")
     command.add_argument("--config", help="YAML; default: the config.yaml of the checkpoint's run")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
-    command.add_argument("--levels", nargs="+", choices=["L0", "L1", "L2"])
+    command.add_argument("--levels", nargs="+", choices=LEVELS)
     command.add_argument("--games", type=int, help="only N games of each level, always the same")
     command.add_argument("--seeds", type=int, help="sampling seeds per game")
     command.add_argument("--temperature", type=float)
@@ -65,23 +64,25 @@ def main() -> None:
     config = _config(arguments, run)
     out = arguments.out or run or Path("runs") / f"eval_{Path(arguments.ckpt).name}"
 
-    rank, _ = join_ranks(config)
+    rank, _ = init_distributed(config)
+    envs.check(config.env)
     for level in config.eval.levels:
         envs.tasks(config.env, level, "eval")  # missing data fail before the model is loaded
-    actor = load_actor(config, path=arguments.ckpt, train=False)
-    rules_file = Path(arguments.ckpt) / "guidelines.json"
-    rules = json.loads(rules_file.read_text()) if rules_file.is_file() else []
-    engine = make_engine(config, actor)
+    policy = load_model(config, path=arguments.ckpt, train=False)
+    guidelines_file = Path(arguments.ckpt) / "guidelines.json"
+    guidelines = json.loads(guidelines_file.read_text()) if guidelines_file.is_file() else []
+    engine = make_engine(config, policy)
     started = time.monotonic()
-    results, episodes = evaluate_levels(engine, config, rules)
-    if "L2" in results:
-        results["L2"]["trained_on"] = sorted(configuration.trained_types(arguments.ckpt).keys() & config.env.held_out)
+    results, episodes = evaluate_levels(engine, config, guidelines)
+    if "L2" in results:  # a run that was trained on held-out types is marked: they are not new to it
+        held_out = envs.held_out_types(config.env)
+        results["L2"]["trained_on"] = sorted(envs.lineage(arguments.ckpt).keys() & held_out)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         record = {
             "checkpoint": arguments.ckpt,
             "seconds": time.monotonic() - started,
-            "guidelines": rules,
+            "guidelines": guidelines,
             "temperature": config.eval.temperature,
             "seeds": config.eval.seeds,
             "levels": results,
@@ -95,38 +96,36 @@ def main() -> None:
 
 
 def evaluate_levels(
-    engine: Engine, config: Config, rules: Sequence[str], pool: Sequence[Any] = ()
+    engine: Engine, config: Config, guidelines: Sequence[str], env_pool: Sequence[envs.Environment] = ()
 ) -> tuple[dict[str, dict], list[Episode]]:
     """Play every level of config.eval; results by level and all episodes, the same on every rank and world size.
 
-    `pool` are the environments to play in; without it they are made.
+    `env_pool` are the environments to play in; without it they are made.
     """
     results, everything = {}, []
     for level in config.eval.levels:
-        games = envs.tasks(config.env, level, "eval")
-        if config.eval.games > len(games):
-            raise ConfigError(f"eval.games={config.eval.games}, but {level} has only {len(games)} games")
+        tasks = envs.tasks(config.env, level, "eval")
+        if config.eval.games > len(tasks):
+            raise ConfigError(f"eval.games={config.eval.games}, but {level} has only {len(tasks)} games")
         if config.eval.games:  # the list is sorted by type, so a part of it is drawn, always the same
-            games = random.Random(0).sample(games, config.eval.games)
-        share = slice(len(games) * engine.player // engine.players, len(games) * (engine.player + 1) // engine.players)
-        mine = games[share] if engine.leads else []
-        in_flight = min(config.rollout.concurrency, max(1, len(mine) * config.eval.seeds))
-        pool = pool or [envs.make_env(config.env) for _ in range(in_flight)]
-        with episode_bar(len(mine) * config.eval.seeds, level) as ended:
-            episodes = collect(
-                engine,
-                pool,
-                mine,
-                config,
-                iteration=EVALUATION,
-                groups=range(share.start, share.stop) if engine.leads else (),
-                members=config.eval.seeds,
-                temperature=config.eval.temperature,
-                suggestions=rules,
-                on_episode=ended,
-            )
-        episodes = gather(episodes)
-        expected = len(games) * config.eval.seeds
+            tasks = random.Random(0).sample(tasks, config.eval.games)
+        first, last = (len(tasks) * n // engine.num_replicas for n in (engine.replica, engine.replica + 1))
+        own = {number: tasks[number] for number in range(first, last)} if engine.is_leader else {}
+        in_flight = min(config.rollout.concurrency, max(1, len(own) * config.eval.seeds))
+        env_pool = env_pool or envs.make_pool(config.env, in_flight)
+        episodes = play(
+            engine,
+            env_pool,
+            own,
+            config,
+            iteration=EVALUATION,
+            members=config.eval.seeds,
+            temperature=config.eval.temperature,
+            guidelines=guidelines,
+            title=level,
+        )
+        episodes = all_gather_objects(episodes)
+        expected = len(tasks) * config.eval.seeds
         if len(episodes) != expected:
             raise RuntimeError(
                 f"{level}: {expected - len(episodes)} of {expected} episodes were lost to failing "
@@ -138,7 +137,7 @@ def evaluate_levels(
 
 
 def summarise(episodes: Sequence[Episode]) -> dict:
-    """Success with its interval, overall, per task type and per seed; steps, invalid and repeated actions."""
+    """Compute success with its interval, overall, per task type and per seed; steps, invalid and repeated actions."""
     steps = [step for episode in episodes for step in episode.steps]
     by_type, by_seed = defaultdict(list), defaultdict(list)
     for episode in episodes:

@@ -1,27 +1,29 @@
 """The prompts of the paper's Appendix A.4 and the parsers of what comes back.
 
-One builder serves the cold start, the rollouts and the evaluation, so the three cannot drift apart.  Model output is
-untrusted text: the parsers never raise, run in linear time and accept one strict form.
+One builder serves the cold start, the rollouts and the evaluation, so the three cannot drift apart.  What is said of an
+environment, its module says (EnvPrompt).  Model output is untrusted text: the parsers never raise, run in linear time
+and accept one strict form.
 
 Departures from the paper: typographical slips are mended ("observaitons", mismatched quotes); the guideline sentences
 are left out where there are no guidelines, and the history sentences at the first step, where there is no history; the
-golden rule is asked for inside <rule> tags, because the paper does not say how it is read out of the answer.
-ScienceWorld's available actions are its templates and the objects in reach, as published, without the example action,
-which models come to repeat.  The "rlvmr" style is RLVMR's in our own words: one of four reasoning tags opens the reply,
-the latest plan and replies stand in the prompt; its sheet of action syntax is left out, since the actions are listed.
+guideline is asked for inside <rule> tags, because the paper does not say how it is read out of the answer.  The "rlvmr"
+style is RLVMR's in our own words: one of four reasoning tags opens the reply, the latest plan and replies stand in the
+prompt; its sheet of action syntax is left out, since the actions are listed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import envs
 
 GUIDELINES = (
     "You should strictly follow the guidelines below, do what the guideline suggests in your thinking steps to make "
-    "better actions:\n{suggestions}\n"
+    "better actions:\n{guidelines}\n"
 )
 HISTORY = (
     "Prior to this step, you have already taken {step_count} step(s). Below are the most recent {history_length} "
@@ -44,29 +46,7 @@ PLAN = "Your overall plan: {plan}\n"
 REPLIES = "Your latest replies, oldest first:\n{replies}\n"
 PLAN_CHARS, REPLIES_SHOWN = 600, 3  # of the plan and the replies in a prompt of the rlvmr style
 
-ACTOR = {  # how the prompt opens, how the task is told, how the prompt closes
-    "alfworld": (
-        "You are an expert agent operating in the ALFRED Embodied Environment. Your task is to: {task}\n",
-        "",
-        "Your admissible actions of the current situation are: [{actions}].\n"
-        "Now it's your turn to take an action. You should first reason step-by-step{guided} about the current "
-        "situation. {reply_format}",
-    ),
-    "scienceworld": (
-        "You are an expert agent operating in the ScienceWorld environment, which is a text-based virtual environment "
-        "centered around accomplishing tasks from the elementary science curriculum.\n",
-        "Your current task is: {task}\n",
-        "Here are the actions you may take:\nCurrent available actions: [{actions}], where OBJ is one of the objects "
-        "[{objects}].\nNow it's your turn to take an action. You should first reason step-by-step about the current "
-        "situation. {reply_format}",
-    ),
-}
-CHOICE = {
-    "alfworld": "an admissible action for current step",
-    "scienceworld": "an appropriate action for the current step",
-}
-
-CRITIC = """\
+JUDGE_PROMPT = """\
 Role: You are an expert evaluator, a "Critic" tasked with judging the quality of an action taken by another agent in \
 {environment}, where the agent is required to do tasks like {examples}. Given the question and the agent's response, \
 you should judge the quality of the response.
@@ -101,15 +81,9 @@ is bad, you will also explain why your proposed alternative action is better. </
 <action> The single best alternative action for the current observation here (only if score is 0) </action>
 <advise> Your concise, high-level strategic advice here </advise>"""
 
-CRITIC_SETTING = {
-    "alfworld": ("ALFWorld, a household environment", "'put a cellphone in bed'"),
-    "scienceworld": ("SciWorld, a science environment", "'determine if metal fork is electrically conductive'"),
-}
-
-GOLDEN_RULE = """\
+GUIDELINE_PROMPT = """\
 Role: You are an Expert AI Strategist, tasked with synthesizing raw feedback to generate high-level, actionable \
-principles for improving an agent's performance. The agent is operating in a complex environment like ALFWorld or \
-ScienceWorld.
+principles for improving an agent's performance. The agent is operating in a complex environment like {environment}.
 Context: You will be provided with a pre-defined theme and a list of specific advice sentences that have already been \
 clustered under this theme.
 Your Sole Task: Distill the entire collection of related advice into one single, overarching "Golden Rule." This rule \
@@ -146,11 +120,46 @@ _VERDICT = re.compile(r"\s*(?:\\?boxed\s*\{\s*([01])\s*\}|([01]))\s*\.?\s*")
 _IDEOGRAPH = re.compile("[\u4e00-\u9fff]")
 THOUGHT_CHARS = 1000  # of a thought that a teacher wrote
 ACTION_CHARS = 200  # of an action shown in a prompt; real ones are far shorter
+GUIDELINE_CHARS = 200  # of one guideline
+
+
+@dataclass(frozen=True)
+class EnvPrompt:
+    """What the prompts say of one environment: its module's PROMPT. Braces are filled in."""
+
+    opening: str  # of the policy's prompt, before any guidelines: {task}
+    task: str  # after them, where the opening does not tell the task: {task}
+    closing: str  # what can be done, and how to reply: {actions}, {objects}, {guided}, {reply_format}
+    choice: str  # "an admissible action for current step"
+    judge_setting: str  # what the judge is told of the environment
+    judge_examples: str  # tasks like ...
+    guideline_setting: str  # an environment like ...
+    lower_case: bool = False  # actions are lower-cased before they are sent
+
+
+@dataclass(frozen=True)
+class PromptContext:
+    """What a prompt shows at one step of an episode.
+
+    `history` holds the latest (observation, action) pairs, oldest first; `objects` what a placeholder in `actions` can
+    stand for; `plan` and the latest `replies` are shown in the "rlvmr" style alone.
+    """
+
+    env: str
+    task: str
+    observation: str
+    actions: tuple[str, ...]
+    history: tuple[tuple[str, str], ...] = ()
+    step: int = 0  # from 0
+    objects: tuple[str, ...] = ()
+    style: str = "think"
+    plan: str = ""
+    replies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the actor answered. `action` is what the environment is sent, also where the form is not `valid`."""
+    """What the policy answered. `action` is what the environment is sent, also where the form is not `valid`."""
 
     action: str
     valid: bool
@@ -160,105 +169,73 @@ class Reply:
 
 @dataclass(frozen=True)
 class Critique:
-    """What the critic answered: its verdict (None where it gave none), a better action, a sentence of advice."""
+    """What the judge answered: its verdict (None where it gave none), a better action, a sentence of advice."""
 
     score: int | None
     action: str | None
     advice: str | None
 
 
-def build_prompt(
-    env: str,
-    task: str,
-    observation: str,
-    actions: Sequence[str],
-    history: Sequence[tuple[str, str]] = (),
-    step: int = 0,
-    suggestions: Sequence[str] = (),
-    objects: Sequence[str] = (),
-    style: str = "think",
-    plan: str = "",
-    replies: Sequence[str] = (),
-) -> str:
-    """The actor's prompt at `step` (from 0): `history` holds the latest (observation, action) pairs, oldest first;
-    `objects` are what the "OBJ" of ScienceWorld's actions can stand for; `plan` and the latest `replies` are shown in
-    the "rlvmr" style alone.
-
-    Source: paper, Appendix A.4; RLVMR for its style.
-    """
-    opening, told, closing = ACTOR[env]
-    parts = [opening.format(task=task)]
-    if suggestions:
-        parts.append(GUIDELINES.format(suggestions="\n".join(f"- {plain(rule)}" for rule in suggestions)))
-    parts.append(told.format(task=task))
-    if history:
-        first = step - len(history) + 1
+def build_prompt(ctx: PromptContext, guidelines: Sequence[str] = ()) -> str:
+    """Write the policy's prompt of one step. Source: paper, Appendix A.4; RLVMR for its style."""
+    words = envs.load(ctx.env).PROMPT
+    parts = [words.opening.format(task=ctx.task)]
+    if guidelines:
+        parts.append(GUIDELINES.format(guidelines="\n".join(f"- {plain(one)}" for one in guidelines)))
+    parts.append(words.task.format(task=ctx.task))
+    if ctx.history:
+        first = ctx.step - len(ctx.history) + 1
         lines = [
-            f"[Observation {number}: '{seen}', Action {number}: '{plain(action, ACTION_CHARS)}']"
-            for number, (seen, action) in enumerate(history, first)
+            f"[Observation {number}: '{observation}', Action {number}: '{plain(action, ACTION_CHARS)}']"
+            for number, (observation, action) in enumerate(ctx.history, first)
         ]
         parts.append(
             HISTORY.format(
-                step_count=step,
-                history_length=len(history),
+                step_count=ctx.step,
+                history_length=len(ctx.history),
                 action_history="\n".join(lines),
-                current_step=step + 1,
-                observation=observation,
+                current_step=ctx.step + 1,
+                observation=ctx.observation,
             )
         )
     else:
-        parts.append(FIRST_STEP.format(observation=observation))
-    if style == "rlvmr":
-        parts.append(PLAN.format(plan=plain(plan, PLAN_CHARS) or "No plan."))
-        if replies:
-            parts.append(REPLIES.format(replies="\n".join(inert(reply) for reply in replies)))
+        parts.append(FIRST_STEP.format(observation=ctx.observation))
+    if ctx.style == "rlvmr":
+        parts.append(PLAN.format(plan=plain(ctx.plan, PLAN_CHARS) or "No plan."))
+        if ctx.replies:
+            parts.append(REPLIES.format(replies="\n".join(inert(reply) for reply in ctx.replies)))
     parts.append(
-        closing.format(
-            actions="\n ".join(f"'{action}'" for action in actions),
-            objects=", ".join(objects),
-            guided=" based on the guideline" if suggestions else "",
-            reply_format=REPLY_FORMAT[style].format(choice=CHOICE[env]),
+        words.closing.format(
+            actions="\n ".join(f"'{action}'" for action in ctx.actions),
+            objects=", ".join(ctx.objects),
+            guided=" based on the guideline" if guidelines else "",
+            reply_format=REPLY_FORMAT[ctx.style].format(choice=words.choice),
         )
     )
     return "".join(parts)
 
 
-def offered(prompt: str) -> str:
-    """The actions that an actor's prompt offers, as it lists them; empty for another prompt."""
-    for _, _, closing in ACTOR.values():
-        header, _, _ = closing.partition("{actions}")
-        _, found, rest = prompt.rpartition(header)
-        if found:
-            return rest.partition("\nNow it's your turn")[0]
-    return ""
-
-
-def recall(replies: Sequence[Reply], texts: Sequence[str], style: str) -> dict[str, Any]:
-    """What build_prompt shows of an episode's replies so far in this style: the latest plan, the latest texts."""
+def recall(replies: Sequence[Reply], texts: Sequence[str], style: str) -> tuple[str, tuple[str, ...]]:
+    """Return what a prompt of this style shows of an episode's replies so far: the latest plan, the latest texts."""
     if style != "rlvmr":
-        return {"style": style}
+        return "", ()
     plans = (reply.thought for reply in reversed(replies) if reply.tag == "planning" and reply.thought)
-    return {"style": style, "plan": next(plans, ""), "replies": tuple(texts[-REPLIES_SHOWN:])}
+    return next(plans, ""), tuple(texts[-REPLIES_SHOWN:])
 
 
 def fit_prompt(
-    encode: Callable[[str], list[int]],
-    max_tokens: int,
-    history: Sequence[tuple[str, str]] = (),
-    suggestions: Sequence[str] = (),
-    replies: Sequence[str] = (),
-    **fields: Any,
+    ctx: PromptContext, guidelines: Sequence[str], encode: Callable[[str], list[int]], max_tokens: int
 ) -> tuple[str, list[int]]:
-    """(text, token ids) of build_prompt, within `max_tokens`: without its oldest replies, then its oldest history, then
-    its last guidelines.
+    """Write the prompt within `max_tokens`, as (text, token ids): without its oldest replies, then its oldest history,
+    then its last guidelines.
 
     Raises ValueError if the prompt is too long without any: task, observation and actions are never cut.
     """
-    kept = [(replies[dropped:], history, suggestions) for dropped in range(len(replies))]
-    kept += [((), history[dropped:], suggestions) for dropped in range(len(history) + 1)]
-    kept += [((), (), suggestions[:count]) for count in reversed(range(len(suggestions)))]
-    for said, past, rules in kept:
-        text = build_prompt(replies=said, history=past, suggestions=rules, **fields)
+    kept = [(ctx.replies[dropped:], ctx.history, guidelines) for dropped in range(len(ctx.replies))]
+    kept += [((), ctx.history[dropped:], guidelines) for dropped in range(len(ctx.history) + 1)]
+    kept += [((), (), guidelines[:count]) for count in reversed(range(len(guidelines)))]
+    for replies, history, guided in kept:
+        text = build_prompt(dataclasses.replace(ctx, replies=replies, history=history), guided)
         ids = encode(text)
         if len(ids) <= max_tokens:
             return text, ids
@@ -268,30 +245,38 @@ def fit_prompt(
     )
 
 
-def build_critic_prompt(env: str, problem: str, response: str) -> str:
-    """The question "was this a good action?" about one step: its whole prompt, the reply it got. Source: paper, A.4."""
-    environment, examples = CRITIC_SETTING[env]
-    return CRITIC.format(environment=environment, examples=examples, problem=problem, response=inert(response))
+def build_judge_prompt(env: str, problem: str, response: str) -> str:
+    """Write the question "was this a good action?" about one step: its whole prompt, and the reply it got.
+
+    Source: paper, Appendix A.4.
+    """
+    words = envs.load(env).PROMPT
+    fields = {"environment": words.judge_setting, "examples": words.judge_examples}
+    return JUDGE_PROMPT.format(problem=problem, response=inert(response), **fields)
 
 
-def build_rule_prompt(theme: str, advice: Sequence[str]) -> str:
-    """The request to distil advice on one theme into a golden rule. Source: paper, A.4."""
-    return GOLDEN_RULE.format(theme=theme, advice="\n".join(f"- {plain(sentence)}" for sentence in advice))
+def build_guideline_prompt(env: str, theme: str, advice: Sequence[str]) -> str:
+    """Write the request to distil advice on one theme into a guideline. Source: paper, Appendix A.4."""
+    sentences = "\n".join(f"- {plain(sentence)}" for sentence in advice)
+    return GUIDELINE_PROMPT.format(environment=envs.load(env).PROMPT.guideline_setting, theme=theme, advice=sentences)
 
 
 def build_thoughts_prompt(env: str, task: str, turns: Sequence[tuple[str, str]], style: str) -> str:
-    """The request to write the thoughts behind an expert's (observation, action) pairs."""
+    """Write the request for the thoughts behind an expert's (observation, action) pairs."""
     steps = "\n".join(
         f"[Observation {number}: '{seen}', Action {number}: '{action}']"
         for number, (seen, action) in enumerate(turns, 1)
     )
-    fields = {"environment": CRITIC_SETTING[env][0], "task": task, "steps": steps, "count": len(turns)}
+    fields = {"environment": envs.load(env).PROMPT.judge_setting, "task": task, "steps": steps, "count": len(turns)}
     return THOUGHTS.format(form=THOUGHT_FORM[style], **fields)
 
 
 def parse_thoughts(text: str, actions: Sequence[str], style: str) -> list[str] | None:
-    """The replies, in the form parse_reply reads, of an answer to build_thoughts_prompt; None unless it has a thought,
-    with a tag of the style, for each action and leaves all actions unchanged. Never raises."""
+    """Read an answer to build_thoughts_prompt as replies in the form that parse_reply reads.
+
+    None unless it has a thought, with a tag of the style, for each action and leaves all actions unchanged. Never
+    raises.
+    """
     try:
         found = json.loads(text[text.index("[") : text.rindex("]") + 1])
     except (ValueError, RecursionError):
@@ -310,18 +295,19 @@ def parse_thoughts(text: str, actions: Sequence[str], style: str) -> list[str] |
     return replies
 
 
-def parse_reply(text: str, style: str = "think", env: str = "alfworld") -> Reply:
-    """Read an actor's reply: valid iff exactly one reasoning block of the style, then exactly one non-empty action.
+def parse_reply(text: str, style: str = "think", env: str = "") -> Reply:
+    """Read a reply of the policy: valid iff one reasoning block of the style, then one non-empty action, no more.
 
     Tags may be in any case; a CJK ideograph anywhere makes the reply invalid. The action of an invalid reply is its
     first action block if it has one, else empty (which every environment answers with its "nothing happens"); its tag
-    is "none". ALFWorld actions are lower-cased, as its published parser does.
+    is "none". Actions are lower-cased where the environment's prompt says so, and without `env`, as the published
+    parser does. Raises ValueError for an unknown style.
     """
     if style not in REASONING:
         raise ValueError(f"unknown prompt style {style!r}")
     tags, blocks = _scan(text, (*REASONING[style], "action"))
     action = " ".join(blocks.get("action", [""])[0].split())
-    action = action.lower() if env == "alfworld" else action
+    action = action.lower() if not env or envs.load(env).PROMPT.lower_case else action
     tag = tags[0] if tags and tags[0] in REASONING[style] else "none"
     valid = tags == [tag, f"/{tag}", "action", "/action"] and bool(action) and not _IDEOGRAPH.search(text)
     thought = blocks.get(tag, [""])[0].strip()
@@ -329,7 +315,7 @@ def parse_reply(text: str, style: str = "think", env: str = "alfworld") -> Reply
 
 
 def parse_critique(text: str) -> Critique:
-    """Read a critic's answer: a verdict counts only if there is exactly one answer block and it says 0 or 1."""
+    """Read an answer of the judge: a verdict counts only if there is exactly one answer block and it says 0 or 1."""
     tags, blocks = _scan(text, TAGS)
     answer = blocks.get("answer", [""])[0]
     sole = tags.count("answer") == tags.count("/answer") == 1
@@ -340,19 +326,19 @@ def parse_critique(text: str) -> Critique:
     return Critique(score=score, action=action, advice=advice)
 
 
-def parse_rule(text: str, max_chars: int) -> str:
-    """The golden rule in an answer to build_rule_prompt: its last <rule> block, plain and capped; empty without one."""
+def parse_guideline(text: str, max_chars: int) -> str:
+    """Read an answer to build_guideline_prompt: its last <rule> block, plain and capped; empty without one."""
     _, blocks = _scan(text, TAGS)
     return plain(blocks.get("rule", [""])[-1], max_chars)
 
 
 def inert(text: str) -> str:
-    """Model output made fit to stand in a prompt: it cannot spell a chat template's control tokens (<|im_end|>)."""
+    """Make model output fit to stand in a prompt: it cannot spell a chat template's control tokens (<|im_end|>)."""
     return text.replace("<|", "< |")
 
 
 def plain(text: str, max_chars: int | None = None) -> str:
-    """Untrusted text made fit for a line of a prompt: inert, without the tags our parsers know, at most `max_chars`.
+    """Make untrusted text fit for a line of a prompt: inert, without the tags our parsers know, at most `max_chars`.
 
     A tag leaves a space behind, so that what stood around it cannot join into another.
     """
@@ -360,7 +346,7 @@ def plain(text: str, max_chars: int | None = None) -> str:
 
 
 def _scan(text: str, names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The tags of these names in order ("think", "/think", ...) and each one's closed blocks. One pass."""
+    """Find the tags of these names in order ("think", "/think", ...) and each one's closed blocks. One pass."""
     tags, blocks = [], {}
     opened: tuple[str, int] | None = None  # a block ends at the first tag after its opening that closes it
     for match in _TAG.finditer(text):
@@ -374,13 +360,3 @@ def _scan(text: str, names: Sequence[str]) -> tuple[list[str], dict[str, list[st
             blocks.setdefault(name, []).append(text[opened[1] : match.start()])
             opened = None
     return tags, blocks
-
-
-def boilerplate() -> list[str]:
-    """The fixed passages of all templates, longest first: a tiny tokenizer makes each of them one token."""
-    critic = CRITIC.replace("{{", "\0").replace("}}", "\1")
-    actor = [part for pair in ACTOR.values() for part in pair]
-    templates = [GUIDELINES, HISTORY, FIRST_STEP, PLAN, REPLIES, critic, GOLDEN_RULE, *actor, *REPLY_FORMAT.values()]
-    pieces = {piece.replace("\0", "{").replace("\1", "}") for text in templates for piece in re.split(r"\{\w+\}", text)}
-    pieces |= {text for pair in CRITIC_SETTING.values() for text in pair} | set(CHOICE.values())
-    return sorted((piece for piece in pieces if len(piece) > 12), key=len, reverse=True)

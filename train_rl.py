@@ -4,26 +4,26 @@
     python train_rl.py configs/quickstart.yaml --set train.lr=1e-4 judge.enabled=false
     python train_rl.py configs/quickstart.yaml --dry-run
 
-Every iteration: sample tasks, collect episodes, label some steps and ask the actor to judge them, turn both into
-advantages, score them with the models as they are, update on L = L_GRPO + judge.weight L_GCD (paper, equation 3), give
-the engine the new weights, evaluate, log, save.  Each rank plays whole groups with an engine of its own; then every
-rank sees every row, and each mini-batch is dealt out to the ranks by tokens.  The same command resumes a run from its
-last checkpoint.
+Every iteration: collect episodes, label some of their steps and ask the policy to judge them, turn both into samples
+with advantages, score these with the models as they are, update on L = L_GRPO + judge.weight L_GCD (paper, equation 3),
+give the engine the new weights, evaluate, log, save.  Each rank plays whole groups with an engine of its own; then
+every rank sees every sample, and each mini-batch is dealt out to the ranks by tokens.  The same command resumes a run
+from its last checkpoint.
 
-Departures from published code: mini-batches are weighted by their tokens, so no row is deleted or duplicated; means are
-over the tokens of the whole mini-batch, not of a micro-batch; a row whose loss is exactly 0 (zero advantage, no KL) is
-counted and not computed; groups of equal returns are drawn again one by one, not by the batch.
+Departures from published code: mini-batches are weighted by their tokens, so no sample is deleted or duplicated; means
+are over the tokens of the whole mini-batch, not of a micro-batch; a sample whose loss is exactly 0 (zero advantage, no
+KL) is counted and not computed.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import config as configuration  # before torch: it sets the number of threads
 
@@ -32,53 +32,54 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import baselines
+import checkpoint
 import envs
 import judge
 import losses
-import memory
-import prompts
-import telemetry
+from checkpoint import TrainState
 from config import Config, ConfigError
+from distributed import (
+    Optimizer,
+    PreemptionSignal,
+    adamw,
+    all_gather_objects,
+    init_distributed,
+    pad_micro_batches,
+    progress_bar,
+    sum_dicts,
+)
+from engine import check_weight_sync, make_engine, sync_weights
 from evaluate import evaluate_levels
+from logger import Logger, PhaseTimer, rollout_metrics, sample_metrics, save_bad_samples
 from model import (
-    Actor,
-    Row,
+    LanguageModel,
     all_logprobs,
-    all_values,
     as_reference,
-    check_path,
-    head_logprobs,
-    last_hidden,
-    load_actor,
-    load_critic,
+    check_model_path,
+    load_model,
     load_reference,
-    micro_batches,
-    output_errors,
-    shards,
     token_logprobs,
-    token_values,
+    use_fsdp,
 )
-from ranks import Stop, aligned, gather, gathered, join_ranks, make_optimizer, progress_bar, step, total
-from records import (
-    Clock,
-    Log,
-    critic_folder,
-    episode_bar,
-    find_checkpoint,
-    rollout_metrics,
-    row_metrics,
-    save_checkpoint,
-    save_rows,
+from packing import Sample, micro_batches
+from rollout import Episode, collect
+from samples import (
+    action_samples,
+    has_gradient,
+    mini_batches,
+    needs_score,
+    record_advantages,
+    set_advantages,
+    set_importance_weights,
 )
-from rollout import Engine, Episode, canary, collect, make_engine, sync
-from rows import actor_rows, add_critic, has_gradient, judge_rows, mini_batches, needs_score, weigh
-from teacher import Teacher, check_key
+from teacher import check_key
 
 
 def main() -> None:
-    """The command line."""
+    """Train, or print what would be done."""
     command = configuration.parser(__doc__)
-    command.add_argument("--dry-run", action="store_true", help="print config, batch arithmetic, memory")
+    command.add_argument("--dry-run", action="store_true", help="print config and batch arithmetic")
     arguments = command.parse_args()
     config = configuration.load(arguments.config, arguments.set)
     if arguments.dry_run:
@@ -90,507 +91,355 @@ def main() -> None:
 
 
 def train(config: Config) -> None:
-    """The loop."""
-    rank, world = join_ranks(config)
-    train_tasks = preflight(config, world)
-    checkpoint, state = find_checkpoint(config)
-    folder = str(checkpoint or config.model.path)
-    actor, reference, critic, optimizers = load_models(config, folder, state)
-    start, progress = state.get("iteration", 0), state.get("progress") or {"advice": [], "rules": first_rules(config)}
-    teacher = judge.make_endpoint(config, world, progress.get("teacher"))
-    engine = make_engine(config, actor)
-    pool = make_pool(engine, config)
-    log, stop, saved = Log(config, start) if rank == 0 else None, Stop(), start
+    """Run the loop until train.iterations are done, or until the machine is taken away."""
+    rank, world = init_distributed(config)
+    tasks = preflight(config, world)
+    state = checkpoint.resume(config)
+    policy, optimizer = load_policy(config, state)
+    reference = load_reference(config, policy)  # None without a KL term
+    ppo = baselines.PPO(config, policy, state) if config.algo.advantage == "ppo" else None
+    optimizers = {"policy": optimizer} | ({"critic": ppo.optimizer} if ppo else {})
+    critic = ppo.critic if ppo else None
+    checkpoint.check_disk(config, [policy, critic] if critic else [policy])
+    engine, teacher = make_engine(config, policy), judge.make_api_teacher(config, world, state.teacher_spent)
+    episodes_at_once = config.rollout.groups // engine.num_replicas * config.rollout.group_size
+    env_pool = envs.make_pool(config.env, min(config.rollout.concurrency, episodes_at_once))
+    logger, preemption, saved_at = Logger(config, state), PreemptionSignal(), state.iteration
 
-    for iteration in range(start, config.train.iterations):
-        clock, counts = Clock(), Counter()
+    while state.iteration < config.train.iterations:
+        timer, iteration = PhaseTimer(), state.iteration
 
-        # ---- Collect: this engine's share of the iteration's games, which are the same for every number of engines
-        tasks = own_tasks(engine, train_tasks, config, iteration)
-        how = dict(iteration=iteration, suggestions=progress["rules"], counts=counts, stopped=lambda: stop.asked)
-        with clock("collect"), episode_bar(len(tasks) * config.rollout.group_size) as how["on_episode"]:
-            episodes, passed_over = collect_groups(engine, pool, tasks, train_tasks, config, how)
-        if stop.agreed():
+        # 1. Collect: each engine plays whole groups with the current policy
+        with timer("collect"):
+            group_tasks = sample_tasks(tasks, config, iteration)
+            rollout = collect(engine, env_pool, group_tasks, tasks, config, state, preemption)
+        if preemption.any_rank():  # SIGTERM: what is under way would not be done in time; the checkpoint is
             break
 
-        # ---- Label and ask (GCD)
+        # 2. Judge (GCD): the policy is asked whether some of its steps were good
         questions: list[judge.Question] = []
         if config.judge.enabled:
-            with clock("judge"):
-                questions = label_and_ask(engine, episodes, teacher, config, iteration, counts)
+            with timer("judge"):
+                rng = random.Random(f"{config.seed} {iteration} {engine.replica}")
+                shown = config.judge.teacher_steps // engine.num_replicas
+                rollout.counters.update(judge.label_steps(rollout.episodes, config, rng, shown, teacher))
+                asked = config.judge.questions // engine.num_replicas
+                questions = judge.sample_questions(rollout.episodes, config, asked, rng)
+                judge.ask(engine, questions, config, iteration, first=engine.replica * asked)
 
-        # ---- Advantages: groups are whole on their rank
-        rows = actor_rows(episodes, config) + judge_rows(questions, config)
+        # 3. Samples and advantages; groups are still whole on this rank
+        samples = action_samples(rollout.episodes, config) + judge.critique_samples(questions, config)
+        set_advantages(samples, rollout.episodes, config)
 
-        # ---- Score: what the models say of the rows before the update; then every rank gets to see every row
+        # 4. Score before the update: the last place where an advantage may change. The engine's memory is the trainer's
+        #    from here on
         engine.sleep()
-        with clock("score"):
-            score(actor, reference, critic, rows, config)
-        with clock("telemetry"):
-            observed = telemetry.observe(actor, episodes, rows, config, iteration)
-        rows, questions, episodes = gather(rows), gather(questions), gather(episodes + passed_over)
-        metrics = rollout_metrics(episodes, total(gather([counts]))) | observed
+        with timer("score"):
+            if config.algo.nthr:
+                baselines.nthr_reweight(policy, [one for one in samples if not one.is_critique], config)
+            set_logprobs(policy, reference, samples, config)
+            if ppo:
+                ppo.set_values(samples)
+            set_importance_weights(samples, config)
+        with timer("coupling"):
+            coupling = measure_coupling(policy, rollout.episodes, samples, config, iteration)
+        # From here on every rank has every sample. One exchange, so that samples still share their steps with the
+        # episodes: what is recorded of an advantage is what was trained on
+        shares = all_gather_objects([(samples, questions, rollout)])
+        samples, questions = ([one for share in shares for one in share[kind]] for kind in (0, 1))
+        episodes = [one for _, _, rollout in shares for one in rollout.episodes + rollout.filtered]
+        counters = sum_dicts([rollout.counters for _, _, rollout in shares])
+        if ppo:
+            ppo.set_advantages(samples)  # whitened over all ranks
+        record_advantages(samples)
+        metrics = rollout_metrics(episodes, counters) | coupling | sample_metrics(samples, config)
         metrics |= judge.judge_metrics(questions) if config.judge.enabled else {}
-        add_critic(rows, config)
-        metrics |= row_metrics(rows, config)
 
-        # ---- Update: L = L_GRPO + judge.weight L_GCD
-        with clock("update"):
-            if critic:
-                metrics |= update_critic(critic, optimizers[1], rows, config, iteration)
-            metrics |= update(actor, optimizers[0], rows, config, iteration)
+        # 5. Update on L = L_GRPO + judge.weight * L_GCD
+        with timer("update"):
+            batches, factor = mini_batches(samples, config, iteration, world), lr_factor(config, iteration)
+            if ppo:
+                metrics |= ppo.update(samples, batches, config.train.critic_lr * factor, iteration)
+            metrics |= update(policy, optimizer, batches, samples, config, config.train.lr * factor, iteration)
 
-        # ---- Give the engine the new weights, and check that it has them
-        with clock("sync"):
-            sync(engine, actor)
-            metrics["mismatch/canary"] = canary(engine, actor, [row.prompt_ids for row in rows[:4]], config)
+        # 6. New weights for the engine; stop if it does not run them
+        with timer("sync"):
+            sync_weights(engine, policy)
+            prompts = [sample.prompt_ids for sample in samples[:4]]
+            metrics["mismatch/weight_sync"] = check_weight_sync(engine, policy, prompts, config)
 
-        # ---- Guidelines: what the critiques advise goes into the next prompts
-        progress = carry_on(progress, questions, engine, teacher, config, iteration)
+        # 7. What the critiques advise goes into the next prompts
+        shown_guidelines = state.guidelines
+        judge.update_guidelines(state, questions, engine, teacher, config)
 
-        # ---- Evaluate
-        if config.train.eval_every and (iteration + 1) % config.train.eval_every == 0:
-            with clock("evaluate"):
-                results, _ = evaluate_levels(engine, config, progress["rules"], pool=pool)
+        # 8. Evaluate, log, save: in this order, so that a checkpoint never lacks its iteration's record
+        state.iteration += 1
+        if config.train.eval_every and state.iteration % config.train.eval_every == 0:
+            with timer("evaluate"):
+                results, _ = evaluate_levels(engine, config, state.guidelines, env_pool)
             metrics |= {f"eval/{level}": result["success"] for level, result in results.items()}
+        logger.write(iteration, metrics | timer.metrics(samples), episodes, questions, shown_guidelines)
+        if state.iteration % config.train.checkpoint_every == 0:
+            checkpoint.save_checkpoint(policy, optimizers, critic, config, state)
+            saved_at = state.iteration
 
-        # ---- Log, then save, so that a checkpoint never lacks its iteration's record
-        start = iteration + 1
-        if log:
-            log.write(iteration, metrics | clock.metrics(rows), episodes, questions, how["suggestions"])
-        if start % config.train.checkpoint_every == 0:
-            save_checkpoint(actor, critic, optimizers, config, start, progress)
-            saved = start
-
-    if saved < start:
-        save_checkpoint(actor, critic, optimizers, config, start, progress)
+    if saved_at < state.iteration:
+        checkpoint.save_checkpoint(policy, optimizers, critic, config, state)
     if rank == 0:
-        print(f"{start} iterations done: {config.run_dir / 'checkpoints' / 'latest'}", flush=True)
+        print(f"{state.iteration} iterations done: {config.run_dir / 'checkpoints' / 'latest'}", flush=True)
     engine.close()
 
 
-def load_models(
-    config: Config, folder: str, state: dict
-) -> tuple[Actor, Actor | None, Actor | None, list[torch.optim.Optimizer]]:
-    """The actor of `folder`, the reference for a KL term, PPO's critic, and the optimizers of actor and critic, as
-    `state` has them."""
-    actor = load_actor(config, path=folder)
-    reference = load_reference(config, actor)
-    critic = load_critic(config, actor, critic_folder(folder)) if config.algo.advantage == "ppo" else None
-    train = config.train
-    rest = (train.weight_decay, train.betas, train.optimizer)
-    optimizers = [make_optimizer(actor.model, train.lr, *rest)]
-    if critic:
-        optimizers.append(make_optimizer(critic.model, train.critic_lr, *rest))
-    for optimizer, kept in zip(optimizers, state.get("optimizers", []), strict=bool(state)):
-        optimizer.load_state_dict(kept)
-    return actor, reference, critic, optimizers
-
-
-def first_rules(config: Config) -> list[str]:
-    """The rules of guidelines.file, one a line."""
-    if not config.guidelines.file:
-        return []
-    lines = Path(config.guidelines.file).read_text(encoding="utf-8").splitlines()
-    return [rule for line in lines if (rule := prompts.plain(line, config.guidelines.max_chars))]
-
-
-def carry_on(
-    progress: dict,
-    questions: Sequence[judge.Question],
-    engine: Engine,
-    teacher: Teacher | None,
-    config: Config,
-    iteration: int,
-) -> dict:
-    """What the next iterations know of this one, the same on every rank: advice, rules, and what the teacher has cost.
-
-    Rules are refreshed every guidelines.every iterations, by the first engine.
-    """
-    guide = config.guidelines
-    if guide.every:
-        advice = (progress["advice"] + judge.advice_of(questions))[-guide.pool :]
-        progress = progress | {"advice": advice}
-        if (iteration + 1) % guide.every == 0:
-            made = []
-            if engine.player == 0:
-                writer = judge.pick_writer(engine, teacher, config, iteration)
-                made = [judge.golden_rules(advice, guide, writer)]
-            progress["rules"] = gather(made)[0]
-    spent = {"teacher": total([teacher.before, *gather([teacher.spent])])} if teacher else {}
-    return progress | spent
+# ----------------------------------------------------------------------------------------------------------------------
+# Before the loop
 
 
 def preflight(config: Config, world: int) -> list[envs.Task]:
-    """The training tasks. What would stop the run later stops it here, before a model is loaded: raises ConfigError."""
+    """Check what would stop the run later, before a model is loaded; return the training tasks. Raises ConfigError."""
     configuration.check_world(config, world)
-    configuration.check_lineage(config)
-    check_path(config.model.path)
-    memory.check_disk(config)
+    configuration.check_choice("algo.advantage", config.algo.advantage, losses.ADVANTAGES)
+    configuration.check_choice("algo.policy_loss", config.algo.policy_loss, losses.POLICY_LOSSES)
+    envs.check(config.env)
+    envs.check_lineage(config)
+    check_model_path(config.model.path)
     if (config.model.tune == "qlora" or config.train.optimizer == "adamw8bit") and not find_spec("bitsandbytes"):
         raise ConfigError("model.tune=qlora and train.optimizer=adamw8bit need bitsandbytes: pip install bitsandbytes")
     if config.train.wandb and not find_spec("wandb"):
         raise ConfigError("train.wandb names a project of Weights & Biases: pip install wandb, or leave it empty")
-    if config.rollout.engine == "transformers" and shards(config):
+    if config.rollout.engine == "transformers" and use_fsdp(config):
         raise ConfigError("rollout.engine=transformers samples with the trainer's weights: set model.shard=never")
     if config.judge.enabled and config.judge.teacher == "openai":
         check_key(config.judge)
-    found = envs.tasks(config.env, config.env.level, "train")
+    if config.judge.enabled and config.judge.teacher == "expert":
+        envs.check_teacher(config.env)
+    tasks = envs.tasks(config.env, config.env.level, "train")
     for level in config.eval.levels if config.train.eval_every else ():
         envs.tasks(config.env, level, "eval")
-    return found
+    return tasks
+
+
+def load_policy(config: Config, state: TrainState) -> tuple[LanguageModel, Optimizer]:
+    """Load the policy from where the run stands, and its optimizer."""
+    policy = load_model(config, state.folder)
+    make = functools.partial(adamw, kind=config.train.optimizer)
+    optimizer = Optimizer(policy.model, config.train.weight_decay, make)
+    if saved := state.optimizer_states.pop("policy", None):
+        optimizer.load_state_dict(saved)
+    return policy, optimizer
+
+
+def dry_run(config: Config) -> str:
+    """Describe the resolved config and what one iteration will do. Raises ConfigError where it does not divide."""
+    configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    configuration.check_choice("algo.advantage", config.algo.advantage, losses.ADVANTAGES)
+    configuration.check_choice("algo.policy_loss", config.algo.policy_loss, losses.POLICY_LOSSES)
+    envs.check(config.env)
+    envs.check_lineage(config)
+    episodes = config.rollout.groups * config.rollout.group_size
+    critiques = config.judge.questions * config.judge.group_size if config.judge.enabled else 0
+    steps = -(-episodes * config.env.max_steps // config.train.samples_per_update)
+    return (
+        f"{configuration.dump(config)}\n"
+        f"# one iteration: {config.rollout.groups} groups x {config.rollout.group_size} = {episodes} episodes of at "
+        f"most {config.env.max_steps} steps, {critiques} critiques\n"
+        f"# update: at most {steps} optimizer steps of {config.train.samples_per_update} actions\n"
+        "# GPU memory, phase by phase: python tools/memory.py CONFIG --gpus N --gib SIZE"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Phases
 
 
-def sample_tasks(tasks: Sequence[envs.Task], config: Config, iteration: int) -> list[envs.Task]:
-    """The games of an iteration: the training list is walked in a new random order each time round, none left out."""
-    picked: list[envs.Task] = []
-    first = iteration * config.rollout.groups
-    for position in range(first, first + config.rollout.groups):
-        lap, place = divmod(position, len(tasks))
-        order = random.Random(f"tasks {config.seed} {lap}").sample(range(len(tasks)), len(tasks))
-        picked.append(tasks[order[place]])
-    return picked
-
-
-def make_pool(engine: Engine, config: Config) -> list:
-    """As many environments as this rank plays in at once."""
-    episodes = config.rollout.groups // engine.players * config.rollout.group_size
-    return [envs.make_env(config.env) for _ in range(min(config.rollout.concurrency, episodes))]
-
-
-def own_tasks(engine: Engine, train_tasks: Sequence[envs.Task], config: Config, iteration: int) -> dict[int, envs.Task]:
-    """The games that this rank plays in an iteration, by group: of an engine's ranks, its leader plays."""
-    share = config.rollout.groups // engine.players
-    groups = range(engine.player * share, (engine.player + 1) * share) if engine.leads else range(0)
-    return {group: sample_tasks(train_tasks, config, iteration)[group] for group in groups}
-
-
-def collect_groups(
-    engine: Engine,
-    pool: Sequence,
-    tasks: dict[int, envs.Task],
-    train_tasks: Sequence[envs.Task],
-    config: Config,
-    play: dict,
-) -> tuple[list[Episode], list[Episode]]:
-    """Play the tasks, by group; a group whose returns are all the same gives way to another game's, at most
-    rollout.redraws times. Returns the episodes to train on, and those passed over. The same for every world size.
-    """
-    drawn = sample_tasks(train_tasks, config, play["iteration"])
-    others = [task for task in train_tasks if task not in drawn] or train_tasks
-    kept = collect(engine, pool, list(tasks.values()), config, groups=list(tasks), **play)
-    passed_over: list[Episode] = []
-    for attempt in range(1, config.rollout.redraws + 1):
-        returns = defaultdict(set)
-        for episode in kept:
-            returns[episode.group].add(sum(step.reward for step in episode.steps))
-        dull = [group for group, values in returns.items() if len(values) == 1]
-        if not engine.agree(bool(dull)):
-            break
-        games = {}
-        for group in dull:
-            place = group % config.rollout.groups
-            rng = random.Random(f"redraw {config.seed} {play['iteration']} {place} {attempt}")
-            games[place + attempt * config.rollout.groups] = rng.choice(others)
-        passed_over += [episode for episode in kept if episode.group in dull]
-        kept = [episode for episode in kept if episode.group not in dull]
-        kept += collect(engine, pool, list(games.values()), config, groups=list(games), **play)
-        play["counts"]["redrawn"] += len(dull)
-    return kept, passed_over
-
-
-def label_and_ask(
-    engine: Engine,
-    episodes: Sequence[Episode],
-    teacher: Teacher | None,
-    config: Config,
-    iteration: int,
-    counts: Counter,
-) -> list[judge.Question]:
-    """Label the steps of this engine's episodes, and let the actor judge its share of the questions."""
-    rng = random.Random(f"{config.seed} {iteration} {engine.player}")
-    counts.update(judge.label_episodes(episodes, config, rng, config.judge.teacher_steps // engine.players, teacher))
-    own = config.judge.questions // engine.players
-    questions = judge.pick(episodes, own, rng)
-    judge.ask(engine, questions, config, iteration, first=engine.player * own)
-    return questions
+def sample_tasks(tasks: Sequence[envs.Task], config: Config, iteration: int) -> dict[int, envs.Task]:
+    """Draw an iteration's tasks, by group: the training list is walked in a new random order each time round."""
+    order = functools.cache(
+        lambda lap: random.Random(f"tasks {config.seed} {lap}").sample(range(len(tasks)), len(tasks))
+    )
+    group_tasks = {}
+    for group in range(config.rollout.groups):
+        lap, position = divmod(iteration * config.rollout.groups + group, len(tasks))
+        group_tasks[group] = tasks[order(lap)[position]]
+    return group_tasks
 
 
 @torch.no_grad()
-def score(actor: Actor, reference: Actor | None, critic: Actor | None, rows: Sequence[Row], config: Config) -> None:
-    """Write to this rank's rows what the models say before the update: the old policy's log-probs, the reference's, the
-    critic's values; from these the weights of tokens, and NTHR's change of advantages."""
-    budget, temperature = config.train.tokens_per_micro_batch, config.rollout.temperature
-    if config.algo.nthr:
-        with gathered(actor.model):
-            contrast(actor, [row for row in rows if not row.judge], config)
-    scored = [row for row in rows if needs_score(row, config)]
-    if config.train.old_logprobs == "engine":
-        for row in scored:
-            row.old_logprobs = row.logprobs
-    todo = [row for row in scored if row.old_logprobs is None]
-    for row, logprobs in zip(todo, all_logprobs(actor, todo, budget, temperature), strict=True):
-        row.old_logprobs = logprobs
-    if reference:
-        with as_reference(reference, actor) as initial:
-            for row, logprobs in zip(scored, all_logprobs(initial, scored, budget, temperature), strict=True):
-                row.ref_logprobs = logprobs
-    if critic:
-        acted = [row for row in rows if not row.judge]
-        for row, values in zip(acted, all_values(critic, acted, budget), strict=True):
-            row.values = values
-    weigh(rows, config)
+def set_logprobs(
+    policy: LanguageModel, reference: LanguageModel | None, samples: Sequence[Sample], config: Config
+) -> None:
+    """Write what the models say of samples before the update: the old policy's log-probs, the reference's.
 
-
-def contrast(actor: Actor, rows: Sequence[Row], config: Config) -> None:
-    """NTHR: weaken the negative advantage of those tokens of lost rows that pull the group's won rows along.
-
-    The pass that gives the old policy's log-probs gives its hidden states, too.
+    Samples without a gradient are left out (`needs_score`).
     """
-    algo, temperature = config.algo, config.rollout.temperature
-    groups: dict[int, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.group].append(row)
-    for group in groups.values():
-        won = {row.trajectory: row.won for row in group}
-        if len(set(won.values())) < 2:
-            continue
-        batches = micro_batches(group, config.train.tokens_per_micro_batch, actor.packed)
-        parts = [last_hidden(actor, [group[index] for index in batch]) for batch in batches]
-        hidden_TH, target_T = (torch.cat(one) for one in zip(*parts, strict=True))  # [T, H], [T]
-        logp_T, _ = head_logprobs(actor, hidden_TH, target_T, temperature)  # [T]
-        error_TV = output_errors(actor, hidden_TH, target_T, logp_T, temperature)  # [T, V]
-        ordered = [group[index] for batch in batches for index in batch]
-        lengths = [len(row.response_ids) for row in ordered]
-        row_T = torch.arange(len(ordered)).repeat_interleave(torch.tensor(lengths)).to(actor.device)  # [T]
-        won_T = torch.tensor([row.won for row in ordered], device=actor.device)[row_T]  # [T]
-        eta = 2 * abs(0.5 - np.mean(list(won.values()))) if algo.nthr_eta is None else algo.nthr_eta
-        factor_T, _ = losses.nthr_weights(hidden_TH.float(), error_TV, row_T, won_T, algo.nthr_beta, float(eta))  # [T]
-        for row, logprobs, factor in zip(ordered, logp_T.split(lengths), factor_T.split(lengths), strict=True):
-            if config.train.old_logprobs == "trainer":
-                row.old_logprobs = logprobs.float().cpu().numpy()
-            if row.advantage < 0:
-                row.advantage, row.weakened = row.advantage * factor.cpu().numpy(), int((factor != 1).sum())
+    budget, temperature = config.train.tokens_per_micro_batch, config.rollout.temperature
+    scored = [sample for sample in samples if needs_score(sample, config)]
+    if (
+        config.train.old_logprobs == "engine"
+    ):  # as sampled: one pass less, and the ratio corrects for the engine's error
+        for sample in scored:
+            sample.old_logprobs = sample.engine_logprobs
+    todo = [sample for sample in scored if sample.old_logprobs is None]  # NTHR's pass has those of some already
+    for sample, logprobs in zip(todo, all_logprobs(policy, todo, budget, temperature), strict=True):
+        sample.old_logprobs = logprobs
+    if reference:
+        with as_reference(reference, policy) as initial:
+            for sample, logprobs in zip(scored, all_logprobs(initial, scored, budget, temperature), strict=True):
+                sample.ref_logprobs = logprobs
+
+
+def measure_coupling(
+    policy: LanguageModel, episodes: Sequence[Episode], samples: Sequence[Sample], config: Config, iteration: int
+) -> dict[str, float]:
+    """Look, every train.coupling_every iterations, at how the gradients of samples are coupled (paper, equation 2)."""
+    if not config.train.coupling_every or iteration % config.train.coupling_every:
+        return {}
+    from paper.coupling import observe  # here alone the trainer looks into what checks the paper
+
+    return observe(policy, episodes, samples, config, iteration)
+
+
+def lr_factor(config: Config, iteration: int) -> float:
+    """Compute the learning rate's factor: linear warm-up, then constant, or falling by 1/iterations each time."""
+    warm = min(1.0, (iteration + 1) / config.train.warmup) if config.train.warmup else 1.0
+    return warm * (1 - iteration / config.train.iterations if config.train.schedule == "linear" else 1.0)
 
 
 def update(
-    actor: Actor, optimizer: torch.optim.Optimizer, rows: Sequence[Row], config: Config, iteration: int
+    policy: LanguageModel,
+    optimizer: Optimizer,
+    batches: Sequence[Sequence[Sequence[Sample]]],
+    samples: Sequence[Sample],
+    config: Config,
+    lr: float,
+    iteration: int,
 ) -> dict[str, float]:
-    """One pass over the scored rows in mini-batches; returns the update's metrics, averaged over tokens and ranks."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    train, packed = config.train, actor.packed
-    batches = mini_batches(rows, config, iteration, world)
-    learning_rate = train.lr * lr_factor(config, iteration)
+    """Make one pass over the mini-batches, dealt out to ranks as mini_batches() does, with an optimizer step for each.
+
+    `samples` are all of them, scored. Returns metrics, averaged over tokens and ranks.
+    """
+    rank, world, train = dist.get_rank(), dist.get_world_size(), config.train
+    entropy = "gradient" if config.algo.entropy else "value"
     gaps: list[np.ndarray] = []  # of engine to trainer, where the trainer has not scored the old policy
     sums: dict[str, float] = defaultdict(float)
-    actor.model.train()  # no dropout (load_actor sees to it), but gradient checkpointing works in this mode alone
+    policy.model.train()  # no dropout (load_model sees to it), but gradient checkpointing works in this mode alone
     for number, batch in enumerate(progress_bar(batches, desc="update", unit=" steps")):
-        totals = denominators(batch)
-        own = [row for row in batch[rank] if has_gradient(row, config)]
-        for group in aligned(micro_batches(own, train.tokens_per_micro_batch, packed), actor.model):
-            part = [own[index] for index in group] or [Row.blank()]
-            entropy = "gradient" if config.algo.entropy else "value"
-            logp_T, entropy_T = token_logprobs(actor, part, config.rollout.temperature, entropy)  # [T], [T]
-            if not group:  # another rank has more of them
+        denominators = count_loss_tokens(batch)
+        own = [sample for sample in batch[rank] if has_gradient(sample, config)]
+        groups = micro_batches(own, train.tokens_per_micro_batch, policy.packed)
+        for group in pad_micro_batches(groups, policy.fsdp_root):
+            part = [own[index] for index in group] or [Sample.blank()]
+            logp_T, entropy_T = token_logprobs(policy, part, config.rollout.temperature, entropy)
+            if not group:  # another rank has more of them, and a sharded pass needs all ranks
                 (0 * logp_T.sum()).backward()
                 continue
-            loss, parts = micro_batch_loss(logp_T, entropy_T, part, totals, config)
+            loss, parts = micro_batch_loss(logp_T, entropy_T, part, denominators, config)
             loss.backward()
             for key, value in parts.items():
                 sums[key] += value if math.isfinite(value) else 0.0
-            if number == 0 and train.old_logprobs == "engine":
-                gaps.append(logp_T.detach().float().cpu().numpy() - np.concatenate([row.logprobs for row in part]))
-            real = sum(row.tokens for row in part)
-            sums["real"] += real
-            sums["padded"] += real if packed else max(row.tokens for row in part) * len(part)
-        finite_step(actor, optimizer, learning_rate, batch, config, iteration, sums)
-    actor.model.eval()
+            if number == 0 and train.old_logprobs == "engine":  # later the policy has moved on
+                engine_T = np.concatenate([sample.engine_logprobs for sample in part])
+                gaps.append(logp_T.detach().float().cpu().numpy() - engine_T)
+            tokens = sum(sample.num_tokens for sample in part)
+            sums["tokens"] += tokens
+            sums["padded"] += tokens if policy.packed else max(sample.num_tokens for sample in part) * len(part)
+        save = functools.partial(save_bad_samples, batch, policy, config, iteration)
+        norm = optimizer.step(lr, train.max_grad_norm, save)
+        sums["grad_norm" if math.isfinite(norm) else "skipped"] += norm / world if math.isfinite(norm) else 1 / world
+    policy.model.eval()
 
-    if train.old_logprobs == "trainer":  # every rank knows all rows' gaps
-        gaps = [row.old_logprobs - row.logprobs for row in rows[rank::world] if row.old_logprobs is not None]
-    return {"train/lr": learning_rate} | _update_metrics(sums, np.concatenate(gaps or [np.zeros(0)]), len(batches))
-
-
-def finite_step(
-    model: Actor,
-    optimizer: torch.optim.Optimizer,
-    lr: float,
-    batch: Sequence[Sequence[Row]],
-    config: Config,
-    iteration: int,
-    sums: dict[str, float],
-) -> None:
-    """One optimizer step; `sums` receives this rank's share of its norm, or of a step that is skipped because the
-    gradient is not finite. Raises RuntimeError after train.max_bad_steps of these in a row, the rows being saved."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    norm, world = step(model.model, optimizer, config.train.max_grad_norm), dist.get_world_size()
-    if math.isfinite(norm):
-        sums["grad_norm"] += norm / world
-        optimizer.bad_in_a_row = 0
-        return
-    sums["skipped"] += 1 / world
-    optimizer.bad_in_a_row = getattr(optimizer, "bad_in_a_row", 0) + 1
-    if optimizer.bad_in_a_row > config.train.max_bad_steps:
-        rows = [row for share in batch for row in share]
-        raise RuntimeError(
-            f"iteration {iteration}: the gradient was not finite {optimizer.bad_in_a_row} steps in a row; the rows of "
-            f"the last one are in {save_rows(rows, model, config, iteration)}"
-        )
+    if train.old_logprobs == "trainer":  # every rank knows all samples' gaps, and sums up its share
+        gaps = [one.old_logprobs - one.engine_logprobs for one in samples[rank::world] if one.old_logprobs is not None]
+    return {"train/lr": lr} | update_metrics(sums, np.concatenate(gaps or [np.zeros(0)]), len(batches))
 
 
-def denominators(batch: Sequence[Sequence[Row]]) -> dict[bool, tuple[int, int]]:
-    """(response tokens, rows) in the loss of a mini-batch, over all ranks, by kind."""
-    counted = [(row.judge, row.counted) for share in batch for row in share]
+def count_loss_tokens(batch: Sequence[Sequence[Sample]]) -> dict[bool, tuple[int, int]]:
+    """Count (response tokens, samples) in the loss of a mini-batch, over all ranks: of actions and of critiques."""
+    counts = [(sample.is_critique, sample.num_loss_tokens) for share in batch for sample in share]
     return {
-        kind: (sum(count for judged, count in counted if judged == kind), sum(c > 0 for j, c in counted if j == kind))
+        kind: (sum(count for one, count in counts if one == kind), sum(c > 0 for one, c in counts if one == kind))
         for kind in (False, True)
-    }
-
-
-def _update_metrics(own: dict[str, float], gap_T: np.ndarray, updates: int) -> dict[str, float]:
-    """Means over the ranks' sums; `gap_T` holds this rank's log-prob differences between trainer and engine."""
-    gaps = {"gap": np.abs(gap_T).sum(), "gap_kl": (np.exp(gap_T) - 1 - gap_T).sum(), "gaps": len(gap_T)}
-    sums = total(gather([own | {key: float(value) for key, value in gaps.items()}]))
-    worst = max(gather([float(np.abs(gap_T).max(initial=0.0))]))
-    seen, kept = (max(1.0, sums.get(name, 0.0)) for name in ("seen", "kept"))
-    return {
-        "train/loss_actor": sums.get("loss_actor", 0.0) / updates,
-        "train/loss_judge": sums.get("loss_judge", 0.0) / updates,
-        "train/kl": sums.get("kl", 0.0) / kept,
-        "train/entropy": sums.get("entropy", 0.0) / seen,
-        "train/ratio": sums.get("ratio", 0.0) / kept,
-        "train/clip_fraction": sums.get("clip_fraction", 0.0) / kept,
-        "train/approx_kl": sums.get("approx_kl", 0.0) / kept,
-        "train/grad_norm": sums["grad_norm"] / max(1, updates - round(sums.get("skipped", 0))),
-        "train/skipped_steps": round(sums.get("skipped", 0)),
-        "train/updates": updates,
-        "train/tokens": sums.get("real", 0.0),
-        "train/padding_share": 1 - sums.get("real", 0.0) / max(1, sums.get("padded", 0.0)),
-        "mismatch/mean_abs": sums["gap"] / max(1, sums["gaps"]),
-        "mismatch/kl": sums["gap_kl"] / max(1, sums["gaps"]),
-        "mismatch/max_abs": worst,
     }
 
 
 def micro_batch_loss(
     logp_T: torch.Tensor,
     entropy_T: torch.Tensor,
-    rows: Sequence[Row],
-    totals: dict[bool, tuple[int, int]],
+    samples: Sequence[Sample],
+    denominators: dict[bool, tuple[int, int]],
     config: Config,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The share of a mini-batch's loss that these rows contribute, and sums of metrics over their tokens.
+    """Compute the share of L = L_GRPO + judge.weight L_GCD that these samples contribute (paper, equation 3).
 
-    `totals` are the mini-batch's denominators().
+    Log-probs and entropies are of all their response tokens, one sample after the other; `denominators` those of the
+    whole mini-batch, from count_loss_tokens(). Returns the loss, and sums of metrics over the tokens.
     """
-    algo, device = config.algo, logp_T.device
-    lengths = torch.tensor([len(row.response_ids) for row in rows])
+    algo = config.algo
+    lengths = [len(sample.response_ids) for sample in samples]
+    if missing := sum(sample.old_logprobs is None for sample in samples):
+        raise ValueError(f"{missing} samples have a gradient, but set_logprobs() has not seen them")
 
-    def column(values: Sequence) -> torch.Tensor:
-        """One value or array a row -> [T]."""
-        spread = [np.broadcast_to(np.float32(v), n) for v, n in zip(values, lengths.tolist(), strict=True)]
-        return torch.from_numpy(np.concatenate(spread)).to(device)
+    def per_token(values: Sequence) -> torch.Tensor:
+        """Spread one value or array a sample over its tokens, [T]."""
+        spread = [np.broadcast_to(np.float32(value), n) for value, n in zip(values, lengths, strict=True)]
+        return torch.from_numpy(np.concatenate(spread)).to(logp_T.device)
 
-    row_T = torch.arange(len(rows)).repeat_interleave(lengths).to(device)  # [T]
-    judged_T = column([row.judge for row in rows]) > 0  # [T]
-    if missing := sum(row.old_logprobs is None for row in rows):
-        raise ValueError(f"{missing} rows have a gradient, but score() has not seen them")
-    advantage_T, old_T = column([row.advantage for row in rows]), column([row.old_logprobs for row in rows])  # [T] each
-    weight_T = column([1.0 if row.weights is None else row.weights for row in rows])  # [T]
-    ref_T = column([row.ref_logprobs for row in rows]) if algo.kl else None  # [T]
-    loss, parts = logp_T.new_zeros(()), {}
-    for judged, name, weight in ((False, "loss_actor", 1.0), (True, "loss_judge", config.judge.weight)):
-        mask_T = (judged_T == judged) & (weight_T > 0)  # [T]
+    sample_T = torch.arange(len(samples)).repeat_interleave(torch.tensor(lengths)).to(logp_T.device)
+    critique_T = per_token([sample.is_critique for sample in samples]) > 0
+    advantage_T = per_token([sample.advantage for sample in samples])
+    old_T = per_token([sample.old_logprobs for sample in samples])
+    ref_T = per_token([sample.ref_logprobs for sample in samples]) if algo.kl else None
+    weight_T = per_token([1.0 if sample.loss_weights is None else sample.loss_weights for sample in samples])
+
+    loss, sums = logp_T.new_zeros(()), {}
+    for is_critique, name, weight, longest in (
+        (False, "loss_actor", 1.0, config.rollout.max_response_tokens),  # L_GRPO, on actions
+        (True, "loss_judge", config.judge.weight, config.judge.max_response_tokens),  # L_GCD, on critiques
+    ):
+        # a weight of 0 takes a token out of the loss and of its denominators alike
+        mask_T = (critique_T == is_critique) & (weight_T > 0)
         if not mask_T.any():
             continue
-        one = [tensor[mask_T] for tensor in (logp_T, old_T, advantage_T, row_T)]
-        loss_T, seen = losses.POLICY_LOSSES[algo.policy_loss](*one, algo)  # [T]
-        loss_T = loss_T * weight_T[mask_T]  # [T]
+        policy_loss = losses.POLICY_LOSSES[algo.policy_loss]
+        loss_T, metrics = policy_loss(logp_T[mask_T], old_T[mask_T], advantage_T[mask_T], sample_T[mask_T], algo)
+        loss_T = loss_T * weight_T[mask_T]
         if algo.kl:
-            kl_T = losses.kl(one[0], ref_T[mask_T], algo.kl_estimator)  # [T]
-            loss_T, seen = loss_T + algo.kl * kl_T, seen | {"kl": kl_T.detach().mean()}
+            kl_T = losses.kl(logp_T[mask_T], ref_T[mask_T], "k3")
+            loss_T, metrics = loss_T + algo.kl * kl_T, metrics | {"kl": kl_T.detach().mean()}
         if algo.entropy:
-            loss_T = loss_T - algo.entropy * entropy_T[mask_T]  # [T]
-        length = config.judge.max_response_tokens if judged else config.rollout.max_response_tokens
-        share = losses.aggregate(loss_T, one[3], algo.aggregate, *totals[judged], length)
-        loss = loss + weight * share
-        parts[name] = float(share.detach())
-        for key, value in seen.items():
-            parts[key] = parts.get(key, 0.0) + float(value) * int(mask_T.sum())
-        parts["kept"] = parts.get("kept", 0) + int(mask_T.sum())
-    parts |= {"entropy": float(entropy_T.detach().sum()), "seen": len(logp_T)}
-    return loss, parts
+            loss_T = loss_T - algo.entropy * entropy_T[mask_T]
+        contribution = losses.aggregate(loss_T, sample_T[mask_T], algo.aggregate, *denominators[is_critique], longest)
+        loss = loss + weight * contribution
+        sums[name] = float(contribution.detach())
+        for key, value in metrics.items():
+            sums[key] = sums.get(key, 0.0) + float(value) * int(mask_T.sum())
+        sums["loss_tokens"] = sums.get("loss_tokens", 0) + int(mask_T.sum())
+    return loss, sums | {"entropy": float(entropy_T.detach().sum()), "response_tokens": len(logp_T)}
 
 
-def update_critic(
-    critic: Actor, optimizer: torch.optim.Optimizer, rows: Sequence[Row], config: Config, iteration: int
-) -> dict[str, float]:
-    """PPO's value model, on the actions of the mini-batches that the actor is updated on; a mean over their tokens."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    batches = mini_batches(rows, config, iteration, world)
-    sums: dict[str, float] = defaultdict(float)
-    critic.model.train()
-    for batch in progress_bar(batches, desc="update critic", unit=" steps"):
-        tokens = sum(len(row.returns) for share in batch for row in share if row.returns is not None)
-        own = [row for row in batch[rank] if row.returns is not None]
-        for group in aligned(micro_batches(own, config.train.tokens_per_micro_batch, critic.packed), critic.model):
-            part = [own[index] for index in group] or [Row.blank()]
-            value_T = token_values(critic, part)  # [T]
-            if not group:
-                (0 * value_T.sum()).backward()
-                continue
-            old_T, return_T = (
-                torch.from_numpy(np.concatenate(one)).to(value_T)
-                for one in zip(*((row.values, row.returns) for row in part), strict=True)
-            )  # [T] each
-            loss_T, seen = losses.value_loss(value_T, old_T, return_T, config.algo.value_clip)  # [T]
-            loss = loss_T.sum() / tokens
-            loss.backward()
-            sums["loss"] += float(loss.detach())
-            sums["clipped"] += float(seen["value_clip_fraction"]) * len(value_T)
-            sums["tokens"] += len(value_T)
-        lr = config.train.critic_lr * lr_factor(config, iteration)
-        finite_step(critic, optimizer, lr, batch, config, iteration, sums)
-    critic.model.eval()
-    sums = total(gather([sums]))
-    acted = [row for row in rows if row.returns is not None]
-    value_T, return_T = (np.concatenate([getattr(row, name) for row in acted]) for name in ("values", "returns"))  # [T]
+def update_metrics(own: dict[str, float], gap_T: np.ndarray, steps: int) -> dict[str, float]:
+    """Average the ranks' sums; `gap_T` holds this rank's log-prob differences between trainer and engine."""
+    gaps = {"gap": np.abs(gap_T).sum(), "gap_kl": (np.exp(gap_T) - 1 - gap_T).sum(), "gaps": len(gap_T)}
+    sums = sum_dicts(all_gather_objects([own | {key: float(value) for key, value in gaps.items()}]))
+    worst = max(all_gather_objects([float(np.abs(gap_T).max(initial=0.0))]))
+    response_tokens, loss_tokens = (max(1.0, sums.get(name, 0.0)) for name in ("response_tokens", "loss_tokens"))
+    skipped = round(sums.get("skipped", 0))
     return {
-        "critic/loss": sums["loss"] / len(batches),
-        "critic/clip_fraction": sums["clipped"] / sums["tokens"],
-        "critic/grad_norm": sums["grad_norm"] / max(1, len(batches) - round(sums.get("skipped", 0))),
-        "critic/skipped_steps": round(sums.get("skipped", 0)),
-        "critic/value": float(value_T.mean()),
-        "critic/explained_variance": float(1 - np.var(return_T - value_T) / max(np.var(return_T), 1e-12)),
+        "train/loss_actor": sums.get("loss_actor", 0.0) / steps,
+        "train/loss_judge": sums.get("loss_judge", 0.0) / steps,
+        "train/kl": sums.get("kl", 0.0) / loss_tokens,
+        "train/entropy": sums.get("entropy", 0.0) / response_tokens,
+        "train/ratio": sums.get("ratio", 0.0) / loss_tokens,
+        "train/clip_fraction": sums.get("clip_fraction", 0.0) / loss_tokens,
+        "train/approx_kl": sums.get("approx_kl", 0.0) / loss_tokens,
+        "train/grad_norm": sums.get("grad_norm", 0.0) / max(1, steps - skipped),
+        "train/skipped_steps": skipped,
+        "train/updates": steps,
+        "train/tokens": sums.get("tokens", 0.0),
+        "train/padding_share": 1 - sums.get("tokens", 0.0) / max(1, sums.get("padded", 0.0)),
+        "mismatch/mean_abs": sums["gap"] / max(1, sums["gaps"]),
+        "mismatch/kl": sums["gap_kl"] / max(1, sums["gaps"]),
+        "mismatch/max_abs": worst,
     }
-
-
-def lr_factor(config: Config, iteration: int) -> float:
-    """The learning rate's factor: linear warm-up, then constant, or falling by 1/iterations from one to the next."""
-    warm = min(1.0, (iteration + 1) / config.train.warmup) if config.train.warmup else 1.0
-    return warm * (1 - iteration / config.train.iterations if config.train.schedule == "linear" else 1.0)
-
-
-def dry_run(config: Config) -> str:
-    """The resolved config, what one iteration will do, and what memory it will take. Raises ConfigError where it does
-    not divide over torchrun's ranks."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    configuration.check_world(config, world)
-    configuration.check_lineage(config)
-    episodes = config.rollout.groups * config.rollout.group_size
-    answers = config.judge.questions * config.judge.group_size if config.judge.enabled else 0
-    return (
-        f"{configuration.dump(config)}\n"
-        f"# one iteration: {config.rollout.groups} games x {config.rollout.group_size} = {episodes} episodes of at "
-        f"most {config.env.max_steps} steps, {answers} critiques\n"
-        f"# update: at most {-(-episodes * config.env.max_steps // config.train.rows_per_update)} optimizer steps of "
-        f"{config.train.rows_per_update} rows\n" + memory.table(config, world=world)
-    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from make_games import make_games
+from tools.make_games import make_games
 
 
 @pytest.fixture(scope="session")

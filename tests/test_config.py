@@ -1,4 +1,4 @@
-"""config.py: what is accepted, what each error says, and that every file in configs/ loads."""
+"""config.py: what is accepted, what each error says, that every option is described, every file in configs/ loads."""
 
 import dataclasses
 import math
@@ -9,21 +9,10 @@ from pathlib import Path
 import pytest
 
 import config
-from config import (
-    HELD_OUT_TYPES,
-    TASK_TYPES,
-    AlgoConfig,
-    Config,
-    ConfigError,
-    check_lineage,
-    check_world,
-    load,
-    save,
-    to_dict,
-    trained_types,
-)
+from config import AlgoConfig, Config, ConfigError, check_world, load, save, to_dict
 
 ROOT = Path(__file__).parent.parent
+OPTIONS = [(key, field) for key, field, _ in config.options(Config())]
 
 
 @pytest.fixture
@@ -77,7 +66,7 @@ def test_file_then_overrides(write):
         ("judge.enabled=False", False),
         ("algo.dual_clip=3", 3.0),
         ("algo.dual_clip=null", None),
-        ("train.betas=[0.9, 95e-2]", (0.9, 0.95)),
+        ("env.task_types=[boil, 7]", ("boil", "7")),
         ("eval.levels=[L2]", ("L2",)),
         ("eval.levels=[]", ()),
         ("name=007", "007"),
@@ -97,8 +86,10 @@ def test_override_is_parsed_to_the_fields_type(empty, override, expected):
 
 
 def test_file_values_are_parsed_to_the_fields_type(write):
-    loaded = load(write("name: 007\ntrain: {lr: 1e-6, betas: [0.9, 0.95]}\nalgo: {dual_clip: null}\nenv: {data: ''}\n"))
-    assert (loaded.name, loaded.train.lr, loaded.train.betas) == ("007", 1e-6, (0.9, 0.95))
+    loaded = load(
+        write("name: 007\ntrain: {lr: 1e-6}\neval: {levels: [L0]}\nalgo: {dual_clip: null}\nenv: {data: ''}\n")
+    )
+    assert (loaded.name, loaded.train.lr, loaded.eval.levels) == ("007", 1e-6, ("L0",))
     assert loaded.algo.dual_clip is None and loaded.env.data == ""
 
 
@@ -127,13 +118,11 @@ def test_a_whole_section_can_be_overridden(write):
         ("train.iterations=inf", ["train.iterations", "expected int"]),
         ("judge.enabled=1", ["judge.enabled", "expected bool"]),
         ("algo.dual_clip=x", ["algo.dual_clip", "expected float"]),
-        ("train.betas=0.9", ["train.betas", "expected a list"]),
-        ("train.betas=[0.9]", ["train.betas", "expected 2 values"]),
         ("eval.levels=L0", ["eval.levels", "expected a list"]),
         ("name=[a", ["--set name=[a", "not valid YAML"]),
         ("train=3", ["train", "key: value"]),
         ("train.lr", ["--set train.lr", "key=value"]),
-        ("algo.advantage=gropo", ["algo.advantage='gropo'", "grpo, gigpo"]),
+        ("algo.aggregate=tokens", ["algo.aggregate='tokens'", "token, sequence, dr"]),
     ],
 )
 def test_errors_name_the_key_and_the_cure(empty, override, parts):
@@ -144,66 +133,55 @@ def test_errors_name_the_key_and_the_cure(empty, override, parts):
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["env.task_types=[pick_and_place]"], "'pick_and_place_simple'"),
-        (["env.name=scienceworld", "env.held_out_types=[boli]"], "'boil'"),
-        (["env.name=scienceworld", "env.task_types=[pick_and_place_simple]"], "unknown task type"),
-        (["env.simplification=esay"], "'easy'"),
-        (["env.name=scienceworld", "env.simplification=openDoors,noElectricalAction"], "without a solution"),
-        (["env.history=-1"], "must not be negative"),
-        (["sft.epochs=0"], "sft.epochs is 0"),
-        (["env.name=scienceworld", "sft.noise=0.1"], "sft.noise, sft.idle and sft.variant=reading"),
-        (["env.name=scienceworld", "sft.variant=reading"], "leave them out"),
         (["eval.levels=[L3]"], "L0, L1, L2"),
-        (["rollout.groups=0"], "rollout.groups is 0"),
+        (["model.tune=qlora", "model.shard=always"], "leave model.shard=auto"),
+        (["rollout.tensor_parallel=2", "rollout.engine=transformers"], "one rank per engine"),
         (["rollout.group_size=1"], "at least 2 episodes"),
-        (["judge.enabled=true", "judge.group_size=1"], "at least 2 answers"),
+        (["algo.advantage=ppo", "rollout.group_size=1", "rollout.dynamic_sampling=1"], "rollout.group_size=2 or more"),
+        (["algo.advantage=rlvmr"], "prompt_style=rlvmr"),
+        (["algo.advantage=ppo", "algo.nthr=true"], "algo.advantage=ppo has none"),
+        (["algo.importance=mask", "train.old_logprobs=engine"], "train.old_logprobs=trainer"),
+        (["judge.enabled=true", "judge.group_size=1"], "at least 2 critiques"),
+        (["judge.teacher=openai", "judge.votes=5"], "judge.teacher_temperature=0; raise it"),
+        (["guidelines.writer=teacher"], "guidelines.writer=teacher needs judge.teacher=openai"),
+        (["judge.teacher=expert", "sft.writer=teacher"], "sft.writer=teacher needs judge.teacher=openai"),
         (["guidelines.every=5"], "judge.enabled=true"),
-        (["algo.dual_clip=1"], "algo.dual_clip is 1.0"),
+        (["guidelines.file=nowhere.txt"], "guidelines.file=nowhere.txt does not exist"),
     ],
 )
 def test_constraints_between_fields(empty, overrides, part):
     assert part in error(empty, *overrides)
 
 
-def test_task_types_are_the_environments_own_unless_named(empty):
-    for name, (count, held_out) in {"alfworld": (6, 2), "scienceworld": (29, 10)}.items():
-        env = load(empty, [f"env.name={name}"]).env
-        assert (len(env.types), len(env.held_out)) == (count, held_out) and set(env.held_out) < set(env.types)
-        assert env.trained == env.types
-        held_back = load(empty, [f"env.name={name}", "env.level=L2"]).env
-        assert set(held_back.trained) == set(env.types) - set(env.held_out)
-    env = load(empty, ["env.name=scienceworld", "env.task_types=[boil, melt]", "env.held_out_types=[melt]"]).env
-    assert (env.types, env.held_out) == (("boil", "melt"), ("melt",))
+@pytest.mark.parametrize(
+    ("key", "limit", "field"),
+    [
+        (key, limit, field)
+        for key, field in OPTIONS
+        for limit in ("above", "at_least", "at_most")
+        if limit in field.metadata
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_value_just_out_of_range_is_an_error(empty, key, limit, field):
+    """And one at the limit is not, unless it says "above"."""
+    bound, whole = field.metadata[limit], field.type == "int"
+    step = {"above": 0, "at_least": -1, "at_most": 1}[limit] * (1 if whole else 1e-6)
+    outside = bound + step if whole else float(bound + step)
+    allowed = f"{limit.replace('_', ' ')} {bound:g}"
+    message = error(empty, f"{key}={outside!r}")
+    assert message.startswith(f"{key} is {outside}; it must be ") and allowed in message, message
+    inside = bound if limit != "above" else bound + 1 if whole else bound + 1e-6
+    try:
+        load(empty, [f"{key}={inside!r}"])
+    except ConfigError as other:  # a constraint between options
+        assert "it must be" not in str(other)
 
 
-def test_level_2_does_not_go_on_from_a_run_that_saw_its_types(empty, tmp_path, monkeypatch):
-    """Neither at once nor by way of a run between."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(name: str, *overrides: str) -> str:
-        save(load(empty, [f"name={name}", *overrides]), Path("runs") / name / "config.yaml")
-        return f"model.path=runs/{name}/checkpoints/latest"
-
-    first = run("sft")
-    middle = run("rl", first, "env.level=L2")
-    check_lineage(load(empty, [first]))
-    check_lineage(load(empty, [first, "env.level=L1"]))
-    for start in (first, middle):
-        with pytest.raises(
-            ConfigError, match="pick_cool.*, pick_two.*, on which runs/sft was trained: start from a cold"
-        ):
-            check_lineage(load(empty, [start, "env.level=L2"]))
-    clean = run("clean_sft", "env.level=L2")
-    check_lineage(load(empty, [run("clean_rl", clean, "env.level=L2"), "env.level=L2"]))
-    check_lineage(load(empty, [first, "env.level=L2", "env.name=scienceworld"]))
-    narrow = run("narrow", "env.task_types=[pick_and_place_simple, look_at_obj_in_light]")
-    check_lineage(load(empty, [narrow, "env.level=L2"]))
-    check_lineage(load(empty, ["model.path=Qwen/Qwen2.5-1.5B-Instruct", "env.level=L2"]))
-    itself = run("loop", "model.path=runs/loop/checkpoints/latest", "env.level=L2")
-    check_lineage(load(empty, [itself, "env.level=L2"]))
-    assert trained_types("runs/rl/checkpoints/latest") == {
-        kind: "runs/sft" if kind in HELD_OUT_TYPES["alfworld"] else "runs/rl" for kind in TASK_TYPES["alfworld"]
-    }
+def test_a_choice_of_a_table_names_the_nearest():
+    config.check_choice("algo.advantage", "grpo", {"grpo": 1, "gigpo": 2})
+    with pytest.raises(ConfigError, match="^algo.advantage='gropo' is not one of the known ones; did you mean 'grpo'"):
+        config.check_choice("algo.advantage", "gropo", {"grpo": 1, "gigpo": 2})
 
 
 def test_file_errors(write, tmp_path):
@@ -222,9 +200,9 @@ def test_a_repeated_key_is_an_error_since_yaml_would_drop_the_first(write):
 
 
 def test_base_is_merged_key_by_key(write):
-    write("seed: 3\ntrain: {lr: 1e-3, betas: [0.8, 0.9]}\n", "parent.yaml")
-    loaded = load(write("base: parent.yaml\ntrain: {betas: [0.5, 0.6]}\n"))  # found beside the file that names it
-    assert (loaded.seed, loaded.train.lr, loaded.train.betas) == (3, 1e-3, (0.5, 0.6))
+    write("seed: 3\neval: {seeds: 5, levels: [L0, L1]}\n", "parent.yaml")
+    loaded = load(write("base: parent.yaml\neval: {levels: [L2]}\n"))  # found beside the file that names it
+    assert (loaded.seed, loaded.eval.seeds, loaded.eval.levels) == (3, 5, ("L2",))
 
 
 def test_base_of_a_base_and_other_broken_bases_are_rejected(write):
@@ -250,7 +228,7 @@ def test_save_then_load_gives_the_same_tree(empty, tmp_path):
 def test_to_dict_is_plain_and_complete():
     plain = to_dict(Config())
     assert list(plain) == [field.name for field in dataclasses.fields(Config)]
-    assert plain["train"]["betas"] == [0.9, 0.999] and plain["algo"]["dual_clip"] is None
+    assert plain["eval"]["levels"] == ["L0", "L1", "L2"] and plain["algo"]["dual_clip"] is None
 
 
 def test_check_world_names_the_nearest_sizes(empty):
@@ -272,24 +250,45 @@ def test_check_world_names_the_nearest_sizes(empty):
 
 def test_defaults_of_the_algorithm_are_the_published_ones():
     cfg = AlgoConfig()
-    assert (cfg.gamma, cfg.step_weight, cfg.invalid_penalty, cfg.negative_weight) == (0.95, 1.0, 0.1, 1.0)
-    assert (cfg.clip_low, cfg.clip_high, cfg.kl, cfg.kl_estimator, cfg.stats_over) == (0.2, 0.2, 0.01, "k3", "steps")
+    assert (cfg.gamma, cfg.step_weight, cfg.invalid_penalty) == (0.95, 1.0, 0.1)
+    assert (cfg.clip_low, cfg.clip_high, cfg.kl, cfg.stats_over) == (0.2, 0.2, 0.01, "steps")
 
 
 # --------------------------------------------------------------------------------------------------- scripts and files
 
 
-def test_command_line_prints_the_tree_or_one_line_of_error(write):
-    def run(*arguments):
-        command = [sys.executable, str(ROOT / "config.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "config.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
+
+def test_command_line_prints_the_tree_or_one_line_of_error(write):
     path = write("seed: 3\n")
     good = run(path, "--set", "train.lr=1e-4", "name=x")
     assert good.returncode == 0 and load(write(good.stdout, "out.yaml")) == load(path, ["train.lr=1e-4", "name=x"])
     bad = run(path, "--set", "sed=4")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "error: unknown key sed; did you mean 'seed'?\n"
+
+
+def test_every_option_has_one_line_that_says_what_it_does():
+    for key, field in OPTIONS:
+        what = field.metadata["what"]
+        assert 10 < len(what) <= 120 and what == what.strip() and "\n" not in what and not what.endswith("."), key
+
+
+def test_without_a_file_the_manual_of_all_options_is_printed():
+    done = run()
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    heads = [line for line in lines if not line.startswith(" ")]
+    assert [head.partition(" = ")[0] for head in heads] == [key for key, _ in OPTIONS]
+    assert max(map(len, lines)) <= 160
+    text = " ".join(done.stdout.split())
+    assert all(" ".join(field.metadata["what"].split()) in text for _, field in OPTIONS)
+    assert "rollout.groups = 16 (above 0) GRPO groups an iteration" in text
+    assert "algo.clip_low = 0.2 (at least 0, at most 1) the ratio" in text
+    assert "algo.dual_clip = null (above 1)" in text and "[token | sequence | dr]" in text
 
 
 def test_an_error_does_not_lose_what_was_printed_before():
@@ -321,4 +320,4 @@ def test_every_field_is_of_a_kind_that_overrides_can_parse(empty):
 
 
 def test_nearest_lists_what_is_valid_when_nothing_is_close():
-    assert config._nearest("zzz", ["alpha", "beta"]) == "; valid: alpha, beta"
+    assert config.nearest("zzz", ["alpha", "beta"]) == "; valid: alpha, beta"

@@ -1,331 +1,321 @@
-"""envs.py: task lists, the native environment, the expert, and TextWorld as the reference."""
+"""envs.py: an environment is one module, found by name; levels are made of its splits; each error is one line."""
 
-import json
+import importlib
 import os
-import random
-import shutil
 import subprocess
 import sys
-import tarfile
-import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import config as configuration
 import envs
-import games
-from config import TASK_TYPES, ConfigError, EnvConfig
-from make_games import make_games
+import prompts
+from config import Config, ConfigError, EnvConfig
 
 ROOT = Path(__file__).parents[1]
-TYPES = TASK_TYPES["alfworld"]
-REAL_GAMES = ROOT.parent / "shared" / "alfworld_games"
+TOY = '''"""Walk a corridor to its end: the smallest environment there can be."""
+
+from envs import Observation, Task
+from prompts import EnvPrompt
+
+TASK_TYPES = ("near", "far", "farther")
+HELD_OUT_TYPES = ("farther",)
+PROMPT = EnvPrompt("Walk.\\n", "To: {task}\\n", "[{actions}] {reply_format}", "one", "a corridor", "walking", "a game")
+DOORS = {"near": 1, "far": 2, "farther": 3}
 
 
-def trials(folder: Path, split: str) -> list[str]:
-    root = folder / "json_2.1.1" / split
-    return sorted(f"{split}/{path.parent.relative_to(root)}" for path in root.glob("*/*/game.tw-pddl"))
+def tasks(env_cfg, split):
+    return [Task("toy_env", kind, f"{kind}/{split}/{n}", split) for n in range(2) for kind in TASK_TYPES]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Task lists
+def make(env_cfg):
+    return Corridor()
+
+
+class Corridor:
+    threaded = False
+
+    def reset(self, task):
+        self.left = DOORS[task.type]
+        return self.observe("A corridor.")
+
+    def step(self, action):
+        self.left -= action == "go on"
+        return self.observe("A step further." if action == "go on" else "You wait.")
+
+    def restart(self):
+        pass
+
+    def observe(self, text):
+        won = self.left == 0
+        return Observation(text, ("go on", "wait"), "reach the end", float(won), won, won)
+'''
+EXPERT = """
+
+class Walker:
+    actions_left = None
+
+    def reset(self, task):
+        return "go on"
+
+    def step(self, action):
+        return "go on"
+
+
+def make_expert(env_cfg, seed):
+    return Walker()
+
+
+def make_teacher(env_cfg, task):
+    return Guide()
+
+
+class Guide:
+    def judge(self, action, raised=False):
+        return int(action == "go on")
+
+    def best_action(self):
+        return "go on"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A user's folder, with environments in it."""
+    folder = tmp_path_factory.mktemp("users")
+    (folder / "toy_env.py").write_text(TOY + EXPERT)
+    (folder / "bare_env.py").write_text(TOY.replace('("farther",)', "()"))
+    (folder / "half_env.py").write_text('TASK_TYPES = ("a",)\nHELD_OUT_TYPES = ()\n')
+    (folder / "needy_env.py").write_text("import needy\n")  # a missing module whose name begins like its own
+    (folder / "toys").mkdir()
+    (folder / "toys" / "inner_env.py").write_text(TOY)
+    return folder
+
+
+@pytest.fixture
+def there(folder, monkeypatch) -> Path:
+    """That folder as the current one."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    envs.load.cache_clear()
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Found by name
+
+
+def test_the_projects_own_environments_keep_the_contract():
+    assert envs.names() == ("alfworld", "scienceworld")
+    for name in envs.names():
+        env = envs.load(name)
+        assert env is importlib.import_module(f"environments.{name}")
+        assert set(env.HELD_OUT_TYPES) < set(env.TASK_TYPES) and isinstance(env.PROMPT, prompts.EnvPrompt)
+        assert all(callable(getattr(env, what)) for what in ("tasks", "make", "make_expert", "make_teacher"))
+        assert all(sentence.endswith(".") for sentence in env.TEMPLATES.advice)
+
+
+def test_a_module_in_the_current_folder_loads(there):
+    env_cfg = EnvConfig(name="toy_env")
+    envs.check(env_cfg)
+    task = envs.tasks(env_cfg, "L2", "eval")[0]
+    assert envs.play(env_cfg, task).splitlines()[-1] == "won: True, score: 1.0"
+    assert [env.reset(task).done for env in envs.make_pool(env_cfg, 3)] == [False] * 3
+    assert envs.make_teacher(env_cfg, task).best_action() == "go on"
+    ctx = prompts.PromptContext("toy_env", "reach the end", "A corridor.", ("go on", "wait"))
+    assert prompts.build_prompt(ctx).startswith("Walk.\nTo: reach the end\nYour current observation is: A corridor.\n[")
+    assert envs.load("toys.inner_env").TASK_TYPES == ("near", "far", "farther")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "env.name is empty: say which environment; valid: alfworld, scienceworld, or a module of yours"),
+        ("alfwrold", "env.name='alfwrold' is neither under environments/ nor .*; did you mean 'alfworld'?"),
+        ("scienceworld_engine", "neither under environments/ nor an importable module; did you mean 'scienceworld'?"),
+        ("toy", "neither under environments/ nor an importable module; valid: alfworld, scienceworld"),
+        ("toys.outer_env", "env.name='toys.outer_env' is neither"),
+        ("toys/inner_env.py", "is neither"),
+        (".toy_env", "is neither"),
+        ("toys..inner_env", "is neither"),
+        ("half_env", "env.name='half_env': half_env is no environment, it lacks PROMPT, tasks, make"),
+    ],
+)
+def test_a_name_that_is_no_environments(there, name, message):
+    with pytest.raises(ConfigError, match=message):
+        envs.load(name)
+
+
+def test_what_an_environment_itself_lacks_is_not_hidden(there):
+    with pytest.raises(ModuleNotFoundError, match="No module named 'needy'"):
+        envs.load("needy_env")
+
+
+def test_an_environment_without_expert_or_teacher(there):
+    env_cfg = EnvConfig(name="bare_env")
+    task = envs.tasks(env_cfg, "L0", "eval")[0]
+    with pytest.raises(ConfigError, match="bare_env has no make_expert.*: a cold start needs it, or rows of your own"):
+        envs.make_expert(env_cfg)
+    for ask in (lambda: envs.check_teacher(env_cfg), lambda: envs.make_teacher(env_cfg, task)):
+        with pytest.raises(ConfigError, match="bare_env has no make_teacher.*: set judge.teacher=none or openai"):
+            ask()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Task types, levels and splits
 
 
 @pytest.mark.parametrize(
     ("level", "phase", "split", "types"),
     [
-        ("L0", "train", "train", TYPES),
-        ("L1", "train", "train", TYPES),
-        ("L2", "train", "train", TYPES[:4]),
-        ("L0", "eval", "valid_seen", TYPES),
-        ("L1", "eval", "valid_unseen", TYPES),
-        ("L2", "eval", "valid_unseen", TYPES[4:]),
+        ("L0", "train", "train", ("near", "far", "farther")),
+        ("L1", "train", "train", ("near", "far", "farther")),
+        ("L2", "train", "train", ("near", "far")),
+        ("L0", "eval", "seen", ("near", "far", "farther")),
+        ("L1", "eval", "unseen", ("near", "far", "farther")),
+        ("L2", "eval", "unseen", ("farther",)),
     ],
 )
-def test_levels(small_games: Path, level: str, phase: str, split: str, types: tuple[str, ...]) -> None:
-    env_cfg = EnvConfig(data=str(small_games))
-    tasks = envs.tasks(env_cfg, level, phase)
-    assert [task.id for task in tasks] == [
-        id_ for id_ in trials(small_games, split) if Path(id_).parts[1].startswith(types)
-    ]
-    assert {task.type for task in tasks} == set(types)
-    assert {(task.env, task.split) for task in tasks} == {("alfworld", split)}
-    for task in tasks:
-        assert envs.game_path(env_cfg, task).joinpath("game.tw-pddl").is_file()
-        assert envs.parsed_game(env_cfg, task).task_type == task.type
+def test_levels_are_composed_of_splits(there, level, phase, split, types):
+    env_cfg = EnvConfig(name="toy_env", level="L2")  # env.level is that of training: it does not matter here
+    expected = [task for task in envs.load("toy_env").tasks(env_cfg, split) if task.type in types]
+    assert envs.tasks(env_cfg, level, phase) == expected and len(expected) == 2 * len(types)
 
 
-def test_types_and_held_out_types_of_the_config(small_games: Path) -> None:
-    kinds = TYPES[1:4]
-    env_cfg = EnvConfig(data=str(small_games), task_types=kinds, held_out_types=(TYPES[2], TYPES[5]))
+def test_types_and_held_out_types_of_the_config(there):
+    env_cfg = EnvConfig(name="toy_env", task_types=("far", "near"), held_out_types=("far", "farther"))
 
     def found(level: str, phase: str) -> set[str]:
         return {task.type for task in envs.tasks(env_cfg, level, phase)}
 
-    assert found("L0", "train") == found("L1", "train") == found("L0", "eval") == found("L1", "eval") == set(kinds)
-    assert found("L2", "train") == {TYPES[1], TYPES[3]}
-    assert found("L2", "eval") == {TYPES[2], TYPES[5]}
+    assert found("L0", "train") == found("L1", "train") == found("L0", "eval") == found("L1", "eval") == {"near", "far"}
+    assert found("L2", "train") == {"near"} and found("L2", "eval") == {"far", "farther"}
+
+
+def test_a_level_without_tasks_is_explained(there):
+    with pytest.raises(ConfigError, match=r"level L2 \(eval\) has no tasks of types none \(no type is held out\)"):
+        envs.tasks(EnvConfig(name="bare_env"), "L2", "eval")
+    with pytest.raises(ConfigError, match=r"L2 \(train\) has no tasks of types .* in split 'train' in games$"):
+        envs.tasks(EnvConfig(name="toy_env", data="games", task_types=("farther",)), "L2", "train")
 
 
 @pytest.mark.parametrize(("level", "phase"), [("L3", "train"), ("L0", "test"), ("", "eval")])
-def test_unknown_levels_and_phases(small_games: Path, level: str, phase: str) -> None:
+def test_unknown_levels_and_phases(there, level, phase):
     with pytest.raises(ValueError, match="no tasks for level"):
-        envs.tasks(EnvConfig(data=str(small_games)), level, phase)
+        envs.tasks(EnvConfig(name="toy_env"), level, phase)
 
 
-def add_game(folder: Path, name: str, **changes) -> None:
-    """Another training game: a copy of an existing one under `name`, with `changes` to its file (None: deleted)."""
-    root = folder / "json_2.1.1" / "train"
-    stored = json.loads(next(root.glob("pick_and_place_simple-*/trial_T*/game.tw-pddl")).read_text()) | changes
-    (root / name).mkdir(parents=True)
-    stored = {key: value for key, value in stored.items() if value is not None}
-    (root / name / "game.tw-pddl").write_text(json.dumps(stored))
+def test_task_types_are_the_environments_own_unless_named():
+    for name, (count, held_out) in {"alfworld": (6, 2), "scienceworld": (29, 10)}.items():
+        env_cfg = EnvConfig(name=name)
+        types, held_back = envs.task_types(env_cfg), envs.held_out_types(env_cfg)
+        assert (len(types), len(held_back)) == (count, held_out) and set(held_back) < set(types)
+        assert envs.trained_types(env_cfg) == envs.trained_types(env_cfg, "L1") == types
+        trained = envs.trained_types(EnvConfig(name=name, level="L2"))
+        assert set(trained) == set(types) - set(held_back) and trained == envs.trained_types(env_cfg, "L2")
+    env_cfg = EnvConfig(name="scienceworld", task_types=("boil", "melt"), held_out_types=("melt",))
+    assert (envs.task_types(env_cfg), envs.held_out_types(env_cfg)) == (("boil", "melt"), ("melt",))
 
 
-def listed(folder: Path) -> set[str]:
-    envs._scan.cache_clear()  # as in a new process
-    return {task.id.removeprefix("train/") for task in envs.tasks(EnvConfig(data=str(folder)), "L0", "train")}
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "alfworld", "task_types": ("pick_and_place",)}, "env.task_types.*'pick_and_place_simple'"),
+        ({"name": "scienceworld", "held_out_types": ("boli",)}, "env.held_out_types: unknown task type 'boli'.*'boil'"),
+        ({"name": "scienceworld", "task_types": ("pick_and_place_simple",)}, "unknown task type"),
+        ({"name": "scienceworld", "simplification": "esay"}, "'easy'"),
+        ({"name": "scienceworld", "simplification": "openDoors,noElectricalAction"}, "without a solution"),
+        ({"name": "toy_env", "task_types": ("fra",)}, "'far'"),
+    ],
+)
+def test_options_are_checked_against_the_environment(there, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        envs.check(EnvConfig(**fields))
+    envs.check(EnvConfig(name=fields["name"]))
 
 
-def test_what_alfworld_would_not_play_is_left_out(tmp_path: Path) -> None:
-    make_games(tmp_path, 6, 0, 0, seed=0, receptacles=6, objects=12)
-    before = listed(tmp_path)
-    add_game(tmp_path, "pick_and_place_simple-Mug-None-Shelf-1/good")
-    add_game(tmp_path, "pick_and_place_simple-Mug-None-Shelf-1/bad", solvable=False)
-    add_game(tmp_path, "pick_and_place_simple-Mug-None-Shelf-1/unknown", solvable=None)
-    add_game(tmp_path, "pick_and_place_simple-AppleSliced-None-Shelf-1/t")
-    add_game(tmp_path, "pick_and_place_with_movable_recep-Mug-Pan-Shelf-1/t")
-    add_game(tmp_path, "pick_and_place_simple-Mug-None-Shelf-1/movable")
-    add_game(tmp_path, "pick_and_dance-Mug-None-Shelf-1/t")
-    assert len(before) == 6 and listed(tmp_path) == before | {"pick_and_place_simple-Mug-None-Shelf-1/good"}
+def test_level_2_does_not_go_on_from_a_run_that_saw_its_types(tmp_path, monkeypatch):
+    """Neither at once nor by way of a run between."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").write_text("")
+
+    def load(*overrides: str) -> Config:
+        return configuration.load(tmp_path / "empty.yaml", ["env.name=alfworld", *overrides])
+
+    def run(name: str, *overrides: str) -> str:
+        configuration.save(load(f"name={name}", *overrides), Path("runs") / name / "config.yaml")
+        return f"model.path=runs/{name}/checkpoints/latest"
+
+    first = run("sft")
+    middle = run("rl", first, "env.level=L2")
+    envs.check_lineage(load(first))
+    envs.check_lineage(load(first, "env.level=L1"))
+    for start in (first, middle):
+        with pytest.raises(
+            ConfigError, match="pick_cool.*, pick_two.*, on which runs/sft was trained: start from a cold"
+        ):
+            envs.check_lineage(load(start, "env.level=L2"))
+    clean = run("clean_sft", "env.level=L2")
+    envs.check_lineage(load(run("clean_rl", clean, "env.level=L2"), "env.level=L2"))
+    envs.check_lineage(load(first, "env.level=L2", "env.name=scienceworld"))
+    narrow = run("narrow", "env.task_types=[pick_and_place_simple, look_at_obj_in_light]")
+    envs.check_lineage(load(narrow, "env.level=L2"))
+    envs.check_lineage(load("model.path=Qwen/Qwen2.5-1.5B-Instruct", "env.level=L2"))
+    itself = run("loop", "model.path=runs/loop/checkpoints/latest", "env.level=L2")
+    envs.check_lineage(load(itself, "env.level=L2"))
+    alfworld = envs.load("alfworld")
+    assert envs.lineage("runs/rl/checkpoints/latest") == {
+        kind: "runs/sft" if kind in alfworld.HELD_OUT_TYPES else "runs/rl" for kind in alfworld.TASK_TYPES
+    }
 
 
-def test_the_index_is_used_and_renewed(tmp_path: Path) -> None:
-    make_games(tmp_path, 6, 0, 0, seed=0, receptacles=6, objects=12)
-    before, index = listed(tmp_path), tmp_path / "json_2.1.1" / "train.index.json"
-    assert json.loads(index.read_text()) == dict.fromkeys(before, True)
-    gone = min(before)
-    index.write_text(json.dumps(json.loads(index.read_text()) | {gone: False}))
-    assert listed(tmp_path) == before - {gone}  # the games are not read again
-    add_game(tmp_path, "pick_and_place_simple-Mug-None-Shelf-1/t")
-    assert listed(tmp_path) == before | {"pick_and_place_simple-Mug-None-Shelf-1/t"}
-    shutil.rmtree(tmp_path / "json_2.1.1" / "train" / "pick_and_place_simple-Mug-None-Shelf-1")
-    assert listed(tmp_path) == before
-    for broken in ("", "{", "[]", "3", "null", '{"a": true}', "\x00"):
-        index.write_text(broken)
-        assert listed(tmp_path) == before
-    assert not list(index.parent.glob("*.index.*[0-9]"))  # no left-overs
+# ----------------------------------------------------------------------------------------------------------------------
+# To look at
 
 
-def test_an_index_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
-    make_games(tmp_path, 6, 0, 0, seed=0, receptacles=6, objects=12)
-    (tmp_path / "json_2.1.1" / "train.index.json").mkdir()  # neither readable nor replaceable
-    assert len(listed(tmp_path)) == 6
+def command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    """What `python envs.py` prints, in a folder that is not the project's, without $ALFWORLD_DATA."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("ALFWORLD_DATA", "PYTHONPATH")}
+    argv = [sys.executable, str(ROOT / "envs.py"), *map(str, arguments)]
+    return subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_missing_data_are_explained_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
-    (tmp_path / "empty" / "json_2.1.1" / "train").mkdir(parents=True)
-    started = time.process_time()
-    with pytest.raises(ConfigError, match=r"\$ALFWORLD_DATA .*alfworld-download.* env.data .*make_games.py --out"):
-        envs.tasks(EnvConfig(), "L0", "train")
-    for folder in (tmp_path / "nowhere", tmp_path / "empty", tmp_path / "empty" / "json_2.1.1" / "train"):
-        for env_cfg in (EnvConfig(data=str(folder)), EnvConfig()):
-            monkeypatch.setenv("ALFWORLD_DATA", str(folder))
-            with pytest.raises(ConfigError) as error:
-                envs.tasks(env_cfg, "L0", "train")
-            assert f"no games in {folder}/json_2.1.1/train" in str(error.value)
-            assert f"ALFWORLD_DATA={folder} alfworld-download" in str(error.value)
-            assert f"python make_games.py --out {folder}" in str(error.value)
-    assert time.process_time() - started < 1
+def test_splits_of_all_environments_also_without_the_data_of_one(tmp_path):
+    done = command("--splits", cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr == ""
+    assert lines[0].startswith("alfworld: no games: set $ALFWORLD_DATA")
+    assert lines[1].split()[:3] == ["scienceworld", "L0", "train"] and lines[-1].split()[:3] == ["all", "3322", "1661"]
 
 
-def test_a_level_without_games_is_explained(tmp_path: Path) -> None:
-    make_games(tmp_path, 4, 1, 1, seed=0, types=[1], receptacles=6, objects=12)
-    env_cfg = EnvConfig(data=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"L2 \(eval\) has no games of types pick_cool.*valid_unseen"):
-        envs.tasks(env_cfg, "L2", "eval")
-    assert len(envs.tasks(env_cfg, "L2", "train")) == 4
+def test_splits_of_one_environment(tmp_path, folder, small_games):
+    lines = command("--splits", "--env", "toy_env", cwd=folder).stdout.splitlines()
+    assert lines[-1].split() == ["all", "6", "6", "6", "6", "4", "2"] and len(lines) == 5
+    lines = command("--splits", "--env", "bare_env", cwd=folder).stdout.splitlines()
+    assert lines[-1].split() == ["all", "6", "6", "6", "6"]  # nothing is held out: there is no level L2
+    lines = command("--splits", "--env", "alfworld", "--data", small_games, cwd=tmp_path).stdout.splitlines()
+    assert lines[-1].split() == ["all", "24", "12", "24", "12", "16", "4"]
+    done = command("--splits", "--env", "alfworld", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: no games: set $ALFWORLD_DATA")
 
 
-def test_the_variable_is_used_where_the_config_names_no_folder(small_games: Path, monkeypatch) -> None:
-    monkeypatch.setenv("ALFWORLD_DATA", str(small_games))
-    assert envs.tasks(EnvConfig(), "L0", "eval") == envs.tasks(EnvConfig(data=str(small_games)), "L0", "eval")
-    monkeypatch.setenv("ALFWORLD_DATA", "/nowhere")
-    assert len(envs.tasks(EnvConfig(data=str(small_games)), "L0", "eval")) == 12
+@pytest.mark.parametrize("name", ["alfworld", "scienceworld", "toy_env"])
+def test_an_episode_is_printed(folder, small_games, name):
+    data = ["--data", small_games] if name == "alfworld" else []
+    done = command("--play", name, "--task", "1", *data, cwd=folder)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[1].startswith("Task: ") and lines[-1] == "won: True, score: 1.0", done.stderr
+    assert sum(line.startswith("> ") for line in lines) >= 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The native environment
-
-
-def test_an_episode(small_games: Path) -> None:
-    env_cfg = EnvConfig(data=str(small_games))
-    env = envs.make_env(env_cfg)
-    for task in envs.tasks(env_cfg, "L0", "eval"):
-        game = envs.parsed_game(env_cfg, task)
-        seen = env.reset(task)
-        assert seen.text.startswith("-= Welcome") and seen.text.endswith(f"Your task is to: {seen.task}")
-        for action in games.solve(game):
-            assert not seen.done and not seen.won and seen.score == 0
-            assert action in seen.actions and "help" not in seen.actions and seen.task == game.task
-            seen = env.step(action)
-        assert seen.done and seen.won and seen.score == 1
-    assert env.reset(task).text == env.reset(task).text and not env.reset(task).won  # a new start each time
-
-
-def test_help_can_neither_be_seen_nor_played(small_games: Path) -> None:
-    env_cfg = EnvConfig(data=str(small_games))
-    env = envs.make_env(env_cfg)
-    seen = env.reset(envs.tasks(env_cfg, "L0", "eval")[0])
-    for action in ("help", " help", "help\n", "HELP", "help "):
-        after = env.step(action)
-        assert after.text == "Nothing happens." and after.actions == seen.actions and "help" not in after.actions
-
-
-def test_any_text_is_an_action(small_games: Path) -> None:
-    """Nothing raises; what is not admissible changes nothing."""
-    env_cfg = EnvConfig(data=str(small_games))
-    env, rng = envs.make_env(env_cfg), random.Random(0)
-    seen = env.reset(envs.tasks(env_cfg, "L0", "eval")[0])
-    odd = ["", " ", "\x00", "go to", "open ", "take from", "\ud800", "go to desk 1" * 1000, "<think>", "{0}", "%s"]
-    odd += [bytes(rng.randrange(256) for _ in range(rng.randrange(30))).decode("latin-1") for _ in range(300)]
-    odd += ["".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(10))) for _ in range(300)]
-    odd += [action[:-1] + rng.choice("abc0123456789 ") for action in seen.actions]
-    for action in odd:
-        if action.strip() not in seen.actions:
-            after = env.step(action)
-            assert after.text == "Nothing happens." and after.actions == seen.actions and not after.done
-    assert env.step(f"  {seen.actions[0]}\n").text != "Nothing happens."  # only white space is forgiven
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The expert
-
-
-def wins(env_cfg: EnvConfig, tasks: list[envs.Task], steps: int, seed: int = 0) -> Counter:
-    """How many games the expert wins, and how often it gave up; its actions are always admissible."""
-    env, count = envs.make_env(env_cfg), Counter()
-    for task in tasks:
-        expert = envs.make_expert(env_cfg, seed)
-        seen, action = env.reset(task), expert.reset(task)
-        for _ in range(steps):
-            if seen.done or action is None:
-                break
-            assert action in seen.actions
-            seen = env.step(action)
-            assert seen.text != "Nothing happens."
-            action = expert.step(action)
-        count["won"] += seen.won
-        count["gave up"] += not seen.won and action is None
-    return count
-
-
-def test_the_expert_wins_in_small_rooms(small_games: Path) -> None:
-    env_cfg = EnvConfig(data=str(small_games))
-    tasks = [task for level in ("L0", "L1") for task in envs.tasks(env_cfg, level, "eval")]
-    tasks += envs.tasks(env_cfg, "L0", "train")
-    count = wins(env_cfg, tasks, 30)
-    assert len(tasks) == 48 and count["won"] >= 0.9 * len(tasks) and count["gave up"] == 0
-
-
-@pytest.mark.skipif(not REAL_GAMES.exists(), reason="the published games are not here")
-def test_the_expert_wins_the_published_games(tmp_path: Path) -> None:
-    (tmp_path / "json_2.1.1").mkdir()
-    with tarfile.open(REAL_GAMES / "valid_seen.tar.xz") as archive:
-        archive.extractall(tmp_path / "json_2.1.1", filter="data")
-    env_cfg = EnvConfig(data=str(tmp_path))
-    tasks = envs.tasks(env_cfg, "L0", "eval")
-    kinds = Counter(task.type for task in tasks)
-    assert [kinds[kind] for kind in TYPES] == [35, 13, 27, 16, 25, 24]  # ALFWorld's own 140
-    count = wins(env_cfg, tasks, 50)
-    print(f"the expert wins {count['won']} of {len(tasks)} published games")
-    assert count["won"] >= 0.95 * len(tasks) and count["gave up"] <= 1
-
-
-def test_the_expert_is_not_offered_help(small_games: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is at a loss it draws from what it is offered."""
-    from alfworld.agents.expert import HandCodedTWAgent
-
-    monkeypatch.setattr(HandCodedTWAgent, "act", lambda self, state, *rest: random.choice(state["admissible_commands"]))
-    env_cfg = EnvConfig(data=str(small_games))
-    expert, said = envs.make_expert(env_cfg), set()
-    action = expert.reset(envs.tasks(env_cfg, "L0", "eval")[0])
-    for _ in range(200):
-        said.add(action)
-        action = expert.step("look")
-    assert "look" in said and "help" not in said
-
-
-def test_the_expert_goes_on_from_wherever_it_is_led(small_games: Path) -> None:
-    """Random actions in between, also ones that do nothing: it wins most games and asks for nothing impossible."""
-    env_cfg = EnvConfig(data=str(small_games))
-    env, rng, won = envs.make_env(env_cfg), random.Random(0), 0
-    tasks = envs.tasks(env_cfg, "L0", "train")
-    for task in tasks:
-        expert = envs.make_expert(env_cfg, 1)
-        seen, action = env.reset(task), expert.reset(task)
-        for _ in range(60):
-            if seen.done or action is None:
-                break
-            assert action in seen.actions
-            dice = rng.random()
-            played = "dance" if dice < 0.1 else rng.choice(seen.actions) if dice < 0.25 else action
-            seen, action = env.step(played), expert.step(played)
-        won += seen.won
-    assert won >= 0.7 * len(tasks)
-
-
-def episodes_of_the_expert(folder: str, seed: int) -> list[list[str]]:
-    """What the expert does in every training game, up to 30 actions each."""
-    env_cfg, episodes = EnvConfig(data=folder), []
-    for task in envs.tasks(env_cfg, "L0", "train"):
-        expert = envs.make_expert(env_cfg, seed)
-        actions = [expert.reset(task)]
-        while actions[-1] is not None and len(actions) < 30:
-            actions.append(expert.step(actions[-1]))
-        episodes.append(actions)
-    return episodes
-
-
-def test_the_experts_choices_are_its_seeds_alone(small_games: Path) -> None:
-    random.seed(0)
-    state = random.getstate()
-    first = episodes_of_the_expert(str(small_games), 0)
-    assert random.getstate() == state  # the global generator is left alone
-    random.seed(1)
-    assert episodes_of_the_expert(str(small_games), 0) == first
-    assert any(
-        episodes_of_the_expert(str(small_games), seed) != first for seed in range(1, 5)
-    )  # where there is a choice
-    script = "import json, sys, test_envs; print(json.dumps(test_envs.episodes_of_the_expert(sys.argv[1], 0)))"
-    other = subprocess.run(  # a process that iterates sets of strings in another order
-        [sys.executable, "-c", script, str(small_games)],
-        env=os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert json.loads(other.stdout) == first
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The reference
-
-
-def test_textworld_says_the_same(small_games: Path) -> None:
-    pytest.importorskip("textworld")
-    native_cfg = EnvConfig(data=str(small_games))
-    task = min(
-        envs.tasks(native_cfg, "L0", "eval"),
-        key=lambda task: len(games.solve(envs.parsed_game(native_cfg, task))),
-    )
-    plan = games.solve(envs.parsed_game(native_cfg, task))
-    native, reference = envs.make_env(native_cfg), envs.make_env(EnvConfig(data=str(small_games), engine="textworld"))
-    assert isinstance(reference, envs.TextWorldAlfworld)
-    assert native.reset(task) == reference.reset(task)
-    for action in ["help", " help ", "", "dance", "look", "inventory", f" {plan[0]}\n", *plan[1:]]:
-        ours, theirs = native.step(action), reference.step(action)
-        assert ours == theirs, action
-    assert ours.won and ours.done
+def test_what_cannot_be_printed_is_one_line(folder):
+    for arguments, message in (
+        (["--play", "toy_env", "--task", "6"], "--task 6: there are tasks 0 to 5"),
+        (["--play", "bare_env"], "the environment bare_env has no make_expert"),
+        (["--gold", "--env", "toy_env"], "the environment toy_env has no expert_table(env_cfg)"),
+        (["--splits", "--env", "toy_evn"], "env.name='toy_evn' is neither under environments/"),
+    ):
+        done = command(*arguments, cwd=folder)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"error: {message}")

@@ -1,7 +1,6 @@
 """losses.py against values worked by hand (in the comments), and against the properties its docstrings promise."""
 
 import doctest
-import functools
 import math
 import statistics
 
@@ -11,16 +10,12 @@ import torch
 import losses
 from config import AlgoConfig
 from losses import (
-    RowBatch,
+    SampleBatch,
     advantages,
     aggregate,
     anchors,
     cispo,
-    coupling,
-    coupling_gap,
-    couplings,
     discounted_returns,
-    generalised_advantage,
     gigpo,
     group_normalise,
     grpo,
@@ -28,15 +23,10 @@ from losses import (
     importance_weights,
     judge_advantage,
     kl,
-    nthr_weights,
-    overlong_penalty,
     ppo,
     ppo_clip,
     rlvmr,
     scores,
-    value_loss,
-    weigh_negatives,
-    whiten,
 )
 
 EPS = 1e-6
@@ -52,14 +42,14 @@ def assert_close(actual, expected, tolerance=1e-6):
 
 
 def batch(score, group, trajectory, **others):
-    """A RowBatch from lists; reward and invalid are 0 unless given."""
+    """A SampleBatch from lists; reward and invalid are 0 unless given."""
     fields = {"reward": [0.0] * len(score), "invalid": [0] * len(score)} | others
     fields |= {"score": score, "group": group, "trajectory": trajectory}
-    return RowBatch(**{f"{name}_N": torch.tensor(values) for name, values in fields.items()})
+    return SampleBatch(**{f"{name}_N": torch.tensor(values) for name, values in fields.items()})
 
 
-def random_rows(seed):
-    """Groups of 4 episodes of 1 to 6 steps whose rows interleave at random; ids are neither sorted nor contiguous."""
+def random_samples(seed):
+    """Groups of 4 episodes of 1 to 6 steps, their samples interleaved at random; ids neither sorted nor contiguous."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -78,7 +68,7 @@ def random_rows(seed):
         anchor.append(1000 * episode[0] + draw(0, 3))
     group, trajectory = tensor(*[g for g, _ in slots]), tensor(*[t for _, t in slots])
     invalid = tensor(*[draw(0, 2) for _ in slots])
-    return RowBatch(
+    return SampleBatch(
         score_N=scores(torch.tensor(reward), trajectory, invalid, 0.1),
         group_N=group,
         trajectory_N=trajectory,
@@ -90,21 +80,22 @@ def random_rows(seed):
     )
 
 
-def published(rows, cfg):
-    """grpo, gigpo and rlvmr as their code does it, row by row in Python floats; singletons and eps included."""
+def published(samples, cfg):
+    """grpo, gigpo and rlvmr as their code does it, sample by sample in Python floats; singletons and eps included."""
     score, reward, invalid, tag_reward = (
-        [float(value) for value in getattr(rows, f"{name}_N")] for name in ("score", "reward", "invalid", "tag_reward")
+        [float(value) for value in getattr(samples, f"{name}_N")]
+        for name in ("score", "reward", "invalid", "tag_reward")
     )
     group, trajectory, anchor, tag = (
-        getattr(rows, f"{name}_N").tolist() for name in ("group", "trajectory", "anchor", "tag")
+        getattr(samples, f"{name}_N").tolist() for name in ("group", "trajectory", "anchor", "tag")
     )
     count = range(len(score))
 
-    def normalise(value, key, lone_is_zero, first_rows=False):
+    def normalise(value, key, lone_is_zero, first_samples=False):
         result = []
         for i in count:
             same = [j for j in count if key[j] == key[i]]
-            if first_rows:
+            if first_samples:
                 same = [j for j in same if not any(k < j and trajectory[k] == trajectory[j] for k in same)]
             of = [value[j] for j in same]
             mean, std = (0.0, 1.0) if len(of) == 1 else (statistics.fmean(of), statistics.stdev(of))
@@ -134,35 +125,37 @@ def test_examples_in_docstrings():
     assert result.attempted >= 4 and result.failed == 0
 
 
-# ---------------------------------------------------------------------------------------------------- rows and returns
+# -------------------------------------------------------------------------------------------------- samples and returns
 
 
-def test_row_batch_names_the_fields_whose_lengths_differ():
+def test_sample_batch_names_the_fields_whose_lengths_differ():
     with pytest.raises(ValueError, match="group_N") as error:
         batch([1.0, 2.0, 3.0], [0, 0], [1, 1, 1], anchor=[0])
     assert "anchor_N" in str(error.value) and "reward_N" not in str(error.value)
 
 
-def test_row_batch_rejects_matrices_and_ids_that_are_not_integers():
+def test_sample_batch_rejects_matrices_and_ids_that_are_not_integers():
     with pytest.raises(ValueError, match="score_N"):
-        RowBatch(**{f"{name}_N": torch.zeros(1, 2) for name in ("score", "group", "trajectory", "reward", "invalid")})
+        SampleBatch(
+            **{f"{name}_N": torch.zeros(1, 2) for name in ("score", "group", "trajectory", "reward", "invalid")}
+        )
     with pytest.raises(ValueError, match="trajectory_N.*integers"):
         batch([1.0], [0], [1.0])
 
 
-def test_row_batch_rejects_a_trajectory_in_two_groups():
+def test_sample_batch_rejects_a_trajectory_in_two_groups():
     with pytest.raises(ValueError, match="two groups"):
         batch([1.0, 2.0, 3.0], [0, 0, 1], [7, 8, 7])
 
 
-def test_scores_are_the_whole_return_minus_the_rows_own_penalty():
+def test_scores_are_the_whole_return_minus_the_samples_own_penalty():
     # trajectory 4 earns 10 in all, trajectory 9 nothing
     actual = scores(tensor(0.0, 0.0, 10.0, 0.0), tensor(4, 9, 4, 9), tensor(1, 0, 0, 1), 0.1)
     assert_close(actual, [9.9, 0.0, 10.0, -0.1])
 
 
 def test_discounted_returns_keep_interleaved_trajectories_apart():
-    # trajectory 30: rewards 1, 0, 4 at rows 0, 2, 4: 4; 0 + 2; 1 + 1.  trajectory -2: rewards 8, 2: 2; 8 + 1
+    # trajectory 30: rewards 1, 0, 4 at samples 0, 2, 4: 4; 0 + 2; 1 + 1.  trajectory -2: rewards 8, 2: 2; 8 + 1
     actual = discounted_returns(tensor(1.0, 8.0, 0.0, 2.0, 4.0), tensor(30, -2, 30, -2, 30), 0.5)
     assert_close(actual, [2.0, 9.0, 2.0, 2.0, 4.0])
 
@@ -226,22 +219,22 @@ def test_a_tie_in_one_group_leaves_the_others_alone():
     assert_close(actual, [0.0, -0.7071068, 0.0, 0.7071068])
 
 
-def test_statistics_over_the_first_row_of_each_trajectory():
-    # first rows -0.1 (trajectory 5) and 10 (trajectory 4): mean 4.95, std 10.1/sqrt(2) = 7.1417785
+def test_statistics_over_the_first_sample_of_each_trajectory():
+    # first samples -0.1 (trajectory 5) and 10 (trajectory 4): mean 4.95, std 10.1/sqrt(2) = 7.1417785
     value = tensor(-0.1, 10.0, 0.0, 9.9, 0.0)
     actual = group_normalise(value, torch.zeros(5, dtype=torch.long), trajectory_N=tensor(5, 4, 5, 4, 5))
     assert_close(actual, [-0.7071068, 0.7071068, -0.6931046, 0.6931046, -0.6931046])
 
 
-def test_first_rows_are_counted_per_key_and_trajectory():
-    # trajectory 1 has rows under both keys, and a first one under each.  key 0: 1, 3; key 1: 5, 9: +-1/sqrt(2)
+def test_first_samples_are_counted_per_key_and_trajectory():
+    # trajectory 1 has samples under both keys, and a first one under each.  key 0: 1, 3; key 1: 5, 9: +-1/sqrt(2)
     value, key, trajectory = tensor(1.0, 5.0, 3.0, 9.0), tensor(0, 1, 0, 1), tensor(1, 1, 2, 2)
     actual = group_normalise(value, key, trajectory_N=trajectory)
     assert_close(actual, [-0.7071068, -0.7071068, 0.7071068, 0.7071068])
 
 
-def test_equal_first_rows_never_divide_a_later_penalty_by_zero():
-    # both episodes won, the last row was invalid: it keeps its -0.1, where -0.1/1e-6 would be -1e5
+def test_equal_first_samples_never_divide_a_later_penalty_by_zero():
+    # both episodes won, the last sample was invalid: it keeps its -0.1, where -0.1/1e-6 would be -1e5
     value, trajectory = tensor(10.0, 10.0, 10.0, 9.9), tensor(0, 1, 0, 1)
     actual = group_normalise(value, torch.zeros(4, dtype=torch.long), trajectory_N=trajectory)
     assert actual[:3].tolist() == [0.0, 0.0, 0.0]
@@ -254,30 +247,28 @@ def test_group_normalise_of_nothing_and_its_errors():
     assert discounted_returns(nothing, nothing.long(), 0.9).shape == (0,)
     with pytest.raises(ValueError, match="key_N"):
         group_normalise(tensor(1.0, 2.0), tensor(1), trajectory_N=tensor(1, 1))
-    with pytest.raises(ValueError, match="singleton"):
-        group_normalise(tensor(1.0), tensor(1), singleton="mean")
 
 
 # ---------------------------------------------------------------------------------------------------------- advantages
 
 
-def test_grpo_over_step_rows_weighs_long_episodes_more():
+def test_grpo_over_step_samples_weighs_long_episodes_more():
     # a win of 2 steps and a loss of 4, one of them invalid: s = 10, 10, -.1, 0, 0, 0
     # steps: mean 19.9/6 = 3.3166667, squares 200.01 - 6 * 3.3166667^2 = 134.0083333, over 5: std 5.1770326
-    rows = batch([10.0, 10.0, -0.1, 0.0, 0.0, 0.0], [3] * 6, [1, 1, 2, 2, 2, 2])
+    samples = batch([10.0, 10.0, -0.1, 0.0, 0.0, 0.0], [3] * 6, [1, 1, 2, 2, 2, 2])
     win, invalid, loss = 6.6833333 / 5.1770326, -3.4166667 / 5.1770326, -3.3166667 / 5.1770326
-    assert_close(grpo(rows, AlgoConfig()), [win, win, invalid, loss, loss, loss])
-    # trajectories: first rows 10 and -.1: mean 4.95, std 7.1417785
+    assert_close(grpo(samples, AlgoConfig()), [win, win, invalid, loss, loss, loss])
+    # trajectories: first samples 10 and -.1: mean 4.95, std 7.1417785
     win, invalid, loss = 5.05 / 7.1417785, -5.05 / 7.1417785, -4.95 / 7.1417785
-    assert_close(grpo(rows, AlgoConfig(stats_over="trajectories")), [win, win, invalid, loss, loss, loss])
+    assert_close(grpo(samples, AlgoConfig(stats_over="trajectories")), [win, win, invalid, loss, loss, loss])
     mean = 19.9 / 6  # Dr. GRPO
     centred = [10 - mean, 10 - mean, -0.1 - mean, -mean, -mean, -mean]
-    assert_close(grpo(rows, AlgoConfig(divide_by_std=False)), centred)
+    assert_close(grpo(samples, AlgoConfig(divide_by_std=False)), centred)
 
 
-def test_grpo_keeps_the_score_of_a_lone_trajectory_with_one_row_per_trajectory():
-    rows = batch([10.0, 9.9], [3, 3], [1, 1])
-    assert_close(grpo(rows, AlgoConfig(stats_over="trajectories")), [10 / (1 + EPS), 9.9 / (1 + EPS)])
+def test_grpo_keeps_the_score_of_a_lone_trajectory_with_one_sample_per_trajectory():
+    samples = batch([10.0, 9.9], [3, 3], [1, 1])
+    assert_close(grpo(samples, AlgoConfig(stats_over="trajectories")), [10 / (1 + EPS), 9.9 / (1 + EPS)])
 
 
 def repeated_observation(**others):
@@ -299,31 +290,33 @@ def test_gigpo_compares_visits_of_one_observation_even_within_one_trajectory():
     # episodes: 10 x 3, 0 x 3: mean 5, squares 150, over 5: std 5.4772256: +-.9128709
     step = [-0.3202563, 0.7071068, 1.1208971, -0.8006408, -0.7071068, 0.0]
     episode = [0.9128709] * 3 + [-0.9128709] * 3
-    rows = repeated_observation()
-    assert_close(gigpo(rows, AlgoConfig(gamma=0.5)), [e + s for e, s in zip(episode, step, strict=True)])
+    samples = repeated_observation()
+    assert_close(gigpo(samples, AlgoConfig(gamma=0.5)), [e + s for e, s in zip(episode, step, strict=True)])
     assert_close(
-        gigpo(rows, AlgoConfig(gamma=0.5, step_weight=0.25)), [e + s / 4 for e, s in zip(episode, step, strict=True)]
+        gigpo(samples, AlgoConfig(gamma=0.5, step_weight=0.25)), [e + s / 4 for e, s in zip(episode, step, strict=True)]
     )
 
 
 def test_gigpo_mean_norm_and_its_invalid_penalty():
-    # row 1 and row 3 invalid: G = 2.5, 5 - .1, 10, -.1, 0, 0
+    # sample 1 and sample 3 invalid: G = 2.5, 5 - .1, 10, -.1, 0, 0
     # x: 2.5, 10, -.1: mean 4.1333333.  y: 4.9, 0: mean 2.45.  z: 0.  episodes (score untouched here): +-5
-    rows = repeated_observation(invalid=[0, 1, 0, 1, 0, 0])
+    samples = repeated_observation(invalid=[0, 1, 0, 1, 0, 0])
     step = [2.5 - 12.4 / 3, 2.45, 10 - 12.4 / 3, -0.1 - 12.4 / 3, -2.45, 0.0]
     expected = [e + s for e, s in zip([5.0] * 3 + [-5.0] * 3, step, strict=True)]
-    assert_close(gigpo(rows, AlgoConfig(gamma=0.5, divide_by_std=False)), expected)
+    assert_close(gigpo(samples, AlgoConfig(gamma=0.5, divide_by_std=False)), expected)
 
 
 def test_gigpo_statistics_over_trajectories_change_the_episode_part_alone():
-    rows = random_rows(3)
+    samples = random_samples(3)
     for_steps, for_trajectories = (AlgoConfig(stats_over=over) for over in ("steps", "trajectories"))
-    difference = gigpo(rows, for_trajectories) - gigpo(rows, for_steps)
-    torch.testing.assert_close(difference, grpo(rows, for_trajectories) - grpo(rows, for_steps), rtol=0, atol=1e-5)
+    difference = gigpo(samples, for_trajectories) - gigpo(samples, for_steps)
+    torch.testing.assert_close(
+        difference, grpo(samples, for_trajectories) - grpo(samples, for_steps), rtol=0, atol=1e-5
+    )
 
 
 def test_gigpo_keeps_groups_apart_and_needs_anchors():
-    # two groups that reuse anchor id 1: every anchor group has one row, so the step part is 0
+    # two groups that reuse anchor id 1: every anchor group has one sample, so the step part is 0
     shared = batch([10.0, 0.0], [0, 1], [1, 2], reward=[10.0, 0.0], anchor=[1, 1])
     assert_close(gigpo(shared, AlgoConfig()), [10 / (1 + EPS), 0.0])
     with pytest.raises(ValueError, match="anchor_N"):
@@ -336,101 +329,56 @@ def test_gigpo_keeps_groups_apart_and_needs_anchors():
 @pytest.mark.parametrize("divide", [True, False])
 def test_advantages_equal_the_published_code(seed, method, over, divide):
     cfg = AlgoConfig(advantage=method, stats_over=over, divide_by_std=divide, step_weight=0.7)
-    assert_close(advantages(random_rows(seed), cfg), published(random_rows(seed), cfg), tolerance=5e-6)
+    assert_close(advantages(random_samples(seed), cfg), published(random_samples(seed), cfg), tolerance=5e-6)
 
 
 def test_rlvmr_normalises_tag_rewards_within_group_and_tag():
     # scores equal: 0.  tag 1 of group 0: 1, 0, 0: mean 1/3, std 1/sqrt 3: 1.1547, -.5774 x 2; tag 2 a singleton: raw 1;
     # group 7's tag 1, all 1: 0
-    rows = batch(
+    samples = batch(
         [5.0] * 6, [0, 0, 0, 0, 7, 7], [0, 0, 1, 1, 2, 3], tag=[1, 1, 1, 2, 1, 1], tag_reward=[1.0, 0, 0, 1, 1, 1]
     )
-    assert_close(rlvmr(rows, AlgoConfig()), [1.1547005, -0.5773503, -0.5773503, 1.0, 0.0, 0.0], tolerance=1e-5)
-    assert_close(rlvmr(rows, AlgoConfig(divide_by_std=False, step_weight=3)), [2.0, -1.0, -1.0, 3.0, 0.0, 0.0])
+    assert_close(rlvmr(samples, AlgoConfig()), [1.1547005, -0.5773503, -0.5773503, 1.0, 0.0, 0.0], tolerance=1e-5)
+    assert_close(rlvmr(samples, AlgoConfig(divide_by_std=False, step_weight=3)), [2.0, -1.0, -1.0, 3.0, 0.0, 0.0])
     with pytest.raises(ValueError, match="tag_N"):
         rlvmr(batch([1.0], [0], [0]), AlgoConfig())
 
 
-def test_anchors_by_equality_and_by_likeness():
-    """Greedy, in order, by the first member alone: "abcdefghiZ" is near the first, "abcdefgYXZ" near neither by .8."""
+def test_anchors_are_equal_observations_of_one_group():
     texts = ["abcdefghij", "abcdefghiZ", "abcdefghij", "abcdefgYXZ", "abcdefghij"]
     assert anchors(texts, tensor(4, 4, 4, 4, 9)).tolist() == [0, 1, 0, 2, 3]
-    assert anchors(texts, tensor(4, 4, 4, 4, 9), similarity=0.8).tolist() == [0, 0, 0, 1, 2]
-    assert anchors(texts, tensor(4, 4, 4, 4, 9), similarity=0.7).tolist() == [0, 0, 0, 0, 1]
-    chain = ["aaaaaaaaaa", "aaaaaaaaab", "aaaaaaaabb", "aaaaaaaaab"]  # the third is like the second, not the first
-    assert anchors(chain, tensor(0, 0, 0, 0), similarity=0.9).tolist() == [0, 0, 1, 0]
     with pytest.raises(ValueError, match="2 observations"):
         anchors(["a", "b"], tensor(1))
 
 
-def test_generalised_advantage_by_hand():
-    # row 5: delta .9*.25-.5 = -.275, .9*.5-.25 = .2, 1-.5 = .5; A = -.275+.72*.56, .2+.72*.5, .5.  row 2: 3-1
-    reward, value = tensor(0.0, 3.0, 0.0, 1.0), tensor(0.5, 1.0, 0.25, 0.5)
-    advantage, returns = generalised_advantage(reward, value, 0.9, 0.8, tensor(5, 2, 5, 5))
-    assert_close(advantage, [0.1282, 2.0, 0.56, 0.5])
-    assert_close(returns, [0.6282, 3.0, 0.81, 1.0])
-    advantage, returns = generalised_advantage(reward, value, 1.0, 1.0)  # one sequence: what is left to earn, minus V
-    assert_close(advantage, [3.5, 3.0, 0.75, 0.5])
-    assert_close(returns, [4.0, 4.0, 1.0, 1.0])
-    assert [len(part) for part in generalised_advantage(reward[:0], value[:0], 1, 1)] == [0, 0]
-    with pytest.raises(ValueError, match="value_T"):
-        generalised_advantage(reward, value[:1], 1, 1)
-
-
-def test_whiten_by_hand():
-    assert_close(whiten(tensor(1.0, 3.0, 5.0)), [-1.0, 0.0, 1.0])  # mean 3, unbiased variance 4
-    assert whiten(tensor(9.9).repeat(7)).eq(0).all() and whiten(tensor(4.0)).eq(0).all()
-
-
-def test_value_loss_clips_the_change_of_a_value():
-    # V, V_old, R, clip .5: (1-2)^2 = 1 against (.5-2)^2 = 2.25; (1-0)^2 = 1 against (.5-0)^2; inside: equal
-    value = tensor(1.0, 1.0, 0.25).requires_grad_()
-    loss, metrics = value_loss(value, tensor(0.0, 0.0, 0.0), tensor(2.0, 0.0, 1.0), 0.5)
-    assert_close(loss.detach(), [1.125, 0.5, 0.28125])
-    assert float(metrics["value_clip_fraction"]) == pytest.approx(1 / 3)
-    loss.sum().backward()
-    assert_close(value.grad, [0.0, 1.0, -0.75])
-
-
 def test_ppo_is_the_score_itself():
-    assert_close(
-        advantages(batch([9.9, -0.1], [0, 1], [0, 1]), AlgoConfig(advantage="ppo", negative_weight=0.1)), [9.9, -0.1]
-    )
+    assert_close(advantages(batch([9.9, -0.1], [0, 1], [0, 1]), AlgoConfig(advantage="ppo")), [9.9, -0.1])
     assert ppo in losses.ADVANTAGES.values()
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("method", ["grpo", "gigpo"])
 @pytest.mark.parametrize("over", ["steps", "trajectories"])
-def test_advantages_do_not_depend_on_the_order_of_rows(seed, method, over):
+def test_advantages_do_not_depend_on_the_order_of_samples(seed, method, over):
     """Any order that keeps each trajectory's time order permutes the advantages and changes nothing else."""
-    rows, cfg = random_rows(seed), AlgoConfig(advantage=method, stats_over=over)
+    samples, cfg = random_samples(seed), AlgoConfig(advantage=method, stats_over=over)
     generator = torch.Generator().manual_seed(seed)
-    slots = rows.trajectory_N[torch.randperm(len(rows.score_N), generator=generator)]
+    slots = samples.trajectory_N[torch.randperm(len(samples.score_N), generator=generator)]
     order = torch.empty_like(slots)
-    for trajectory in slots.unique():  # a trajectory's rows fill its slots in time order
-        order[slots == trajectory] = (rows.trajectory_N == trajectory).nonzero().squeeze(1)
-    fields = {name: value for name, value in vars(rows).items() if value is not None}
-    shuffled = RowBatch(**{name: value[order] for name, value in fields.items()})
-    torch.testing.assert_close(advantages(shuffled, cfg), advantages(rows, cfg)[order], rtol=1e-6, atol=1e-6)
-    assert torch.equal(advantages(rows, cfg), advantages(rows, cfg))
+    for trajectory in slots.unique():  # a trajectory's samples fill its slots in time order
+        order[slots == trajectory] = (samples.trajectory_N == trajectory).nonzero().squeeze(1)
+    fields = {name: value for name, value in vars(samples).items() if value is not None}
+    shuffled = SampleBatch(**{name: value[order] for name, value in fields.items()})
+    torch.testing.assert_close(advantages(shuffled, cfg), advantages(samples, cfg)[order], rtol=1e-6, atol=1e-6)
+    assert torch.equal(advantages(samples, cfg), advantages(samples, cfg))
 
 
 @pytest.mark.parametrize("method", ["grpo", "gigpo"])
 def test_advantages_do_not_depend_on_the_values_of_ids(method):
-    rows, cfg = random_rows(1), AlgoConfig(advantage=method)
-    fields = {name: value for name, value in vars(rows).items() if value is not None}
+    samples, cfg = random_samples(1), AlgoConfig(advantage=method)
+    fields = {name: value for name, value in vars(samples).items() if value is not None}
     renamed = {name: 1_000_003 * fields[name] - 17 for name in ("group_N", "trajectory_N", "anchor_N")}
-    torch.testing.assert_close(advantages(RowBatch(**fields | renamed), cfg), advantages(rows, cfg))
-
-
-def test_negative_weight_scales_negative_advantages_only():
-    cfg = AlgoConfig(negative_weight=0.25)
-    assert_close(weigh_negatives(tensor(2.0, -2.0, 0.0), cfg), [2.0, -0.5, 0.0])
-    rows = batch([1.0, 3.0], [0, 0], [1, 2])  # -+ 1/sqrt(2)
-    assert_close(advantages(rows, cfg), [-0.1767767, 0.7071068])
-    assert_close(grpo(rows, cfg), [-0.7071068, 0.7071068])  # as published
-    assert_close(judge_advantage(tensor(0.0, 1.0), tensor(4, 4), cfg), [-0.1767767, 0.7071068])
+    torch.testing.assert_close(advantages(SampleBatch(**fields | renamed), cfg), advantages(samples, cfg))
 
 
 def test_judge_advantage_groups_by_question():
@@ -529,8 +477,8 @@ def test_expected_estimates_are_the_divergence():
         torch.testing.assert_close(estimate, divergence)
 
 
-def test_gspo_has_one_ratio_a_row():
-    # row 3: log-ratios 0, ln 4: ratio 2; row 1: ln 1.1.  A = 1, clip at 1.3: -1.3, -1.3, without gradient; -1.1
+def test_gspo_has_one_ratio_a_sample():
+    # sample 3: log-ratios 0, ln 4: ratio 2; sample 1: ln 1.1.  A = 1, clip at 1.3: -1.3, -1.3, without gradient; -1.1
     cfg = AlgoConfig(clip_low=0.3, clip_high=0.3)
     old = tensor(-1.0, -2.0, -3.0)
     logp = (old + tensor(0.0, math.log(1.1), math.log(4))).requires_grad_()
@@ -564,172 +512,64 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
     assert float(metrics["clip_fraction"]) == pytest.approx(2 / 3) and float(metrics["ratio"]) == pytest.approx(1)
 
 
-# --------------------------------------------------------------------------- importance weights, NTHR, length penalties
+# --------------------------------------------------------------------------------------------------- importance weights
 
 
 @pytest.mark.parametrize(
-    ("how", "level", "expected"),
+    ("how", "expected"),
     [
-        ("none", "token", [1, 1, 1, 1]),
-        ("truncate", "token", [1, 2, 0.25, 1.2]),  # ratios 1, 3, 1/4, 1.2
-        ("mask", "token", [1, 0, 0, 1.2]),
-        ("truncate", "sequence", [0.75, 0.75, 0.75, 1.2]),  # 1 * 3 / 4
-        ("mask", "sequence", [0.75, 0.75, 0.75, 1.2]),
-        ("mask", "geometric", [0.75 ** (1 / 3)] * 3 + [1.2]),
+        ("none", [1, 1, 1, 1]),
+        ("truncate", [1, 2, 0.25, 1.2]),  # ratios 1, 3, 1/4, 1.2
+        ("mask", [1, 0, 0, 1.2]),
     ],
 )
-def test_importance_weights_by_hand(how, level, expected):
+def test_importance_weights_by_hand(how, expected):
     trainer = (tensor(1.0, 3.0, 0.25, 1.2).log() - 2).requires_grad_()
-    weights = importance_weights(trainer, tensor(-2.0, -2.0, -2.0, -2.0), tensor(7, 7, 7, 2), how, level)
+    weights = importance_weights(trainer, tensor(-2.0, -2.0, -2.0, -2.0), how)
     assert_close(weights, [float(value) for value in expected])
     assert not weights.requires_grad
 
 
-def test_importance_weights_of_far_apart_log_probs_and_their_errors():
-    far = importance_weights(tensor(0.0, -1e4), tensor(-1e4, 0.0), tensor(0, 1), "truncate")
+def test_importance_weights_of_far_apart_log_probs():
+    far = importance_weights(tensor(0.0, -1e4), tensor(-1e4, 0.0), "truncate")
     assert_close(far, [2.0, math.exp(-losses.MAX_LOG_RATIO)])
-    for name, arguments in (("how", ("drop", "token")), ("level", ("mask", "row"))):
-        with pytest.raises(ValueError, match=f"^{name}="):
-            importance_weights(tensor(0.0), tensor(0.0), tensor(0), *arguments)
-
-
-def responses(seed=0, vocabulary=7, width=5, lengths=(4, 3, 2)):
-    """A readout layer W and, per response, hidden states [T, H] and tokens [T], in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    head = torch.randn(vocabulary, width, dtype=torch.float64, generator=generator)
-    return head, [
-        (
-            torch.randn(n, width, dtype=torch.float64, generator=generator),
-            torch.randint(vocabulary, (n,), generator=generator),
-        )
-        for n in lengths
-    ]
-
-
-def log_prob(head, hidden, token):
-    return torch.log_softmax(hidden @ head.T, -1).gather(1, token[:, None]).sum()
-
-
-def error(head, hidden, token):
-    return torch.nn.functional.one_hot(token, len(head)) - torch.softmax(hidden @ head.T, -1)
-
-
-def test_coupling_is_the_first_order_change_of_another_response():
-    head, ((hidden_i, token_i), (hidden_j, token_j), _) = responses()
-    error_i, error_j = error(head, hidden_i, token_i), error(head, hidden_j, token_j)
-    found = coupling(hidden_i, error_i, hidden_j, error_j)
-    assert found == pytest.approx(coupling(hidden_j, error_j, hidden_i, error_i), rel=1e-12)  # symmetric
-    learned = head.clone().requires_grad_()
-    gradients = [
-        torch.autograd.grad(log_prob(learned, *one), learned)[0] for one in ((hidden_i, token_i), (hidden_j, token_j))
-    ]
-    assert found == pytest.approx(float((gradients[0] * gradients[1]).sum()), rel=1e-10)
-    assert coupling(hidden_i, error_i, hidden_i, error_i) == pytest.approx(float((gradients[0] ** 2).sum()), rel=1e-10)
-    eta = 1e-5
-    moved = head + eta * gradients[0]
-    change = float(log_prob(moved, hidden_j, token_j) - log_prob(head, hidden_j, token_j))
-    assert change / eta / found == pytest.approx(1, abs=1e-4)
-
-
-def test_coupling_by_hand():
-    found = coupling(
-        torch.tensor([[2.0]]), torch.tensor([[0.5, -0.5]]), torch.tensor([[3.0]]), torch.tensor([[0.2, -0.2]])
-    )
-    assert found == pytest.approx(1.2)  # (.1 + .1) * 6
-
-
-def test_couplings_are_all_pairs_with_tokens_and_vocabulary_in_parts(monkeypatch):
-    monkeypatch.setattr(losses, "COUPLED_TOKENS", 2)
-    head, each = responses()
-    errors = [error(head, *one) for one in each]
-    expected = [
-        [coupling(h, e, g, f) for (g, _), f in zip(each, errors, strict=True)]
-        for (h, _), e in zip(each, errors, strict=True)
-    ]
-    row = torch.tensor([9, 9, 9, 9, 10, 10, 10, 12, 12])  # ids need not count from 0
-    hidden = torch.cat([one for one, _ in each])
-    found = couplings(hidden, torch.cat(errors).split(3, dim=1), row)
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
-
-
-def test_coupling_gap_by_hand():
-    influence = torch.tensor([[4.0, 2.0, 1.0], [2.0, 1.0, 0.5], [1.0, 0.5, 9.0]])
-    length, label = torch.tensor([2, 1, 4]), torch.tensor([1, 1, 0])
-    gap = functools.partial(coupling_gap, influence, length, label)
-    assert gap("sum") == pytest.approx(2 - 0.75)  # same: 2, 2; different: 1, .5, 1, .5
-    assert gap("mean_src") == pytest.approx((1 + 2) / 2 - (0.5 + 0.5 + 0.25 + 0.125) / 4)
-    assert gap("mean_both") == pytest.approx(1 - (1 / 8 + 0.5 / 4) / 2)
-    assert gap("cos") == pytest.approx(2 / 2 - (1 / 6 + 0.5 / 3) / 2)
-    weight = torch.tensor([[5.0, 1.0, 0.0], [1.0, 5.0, 1.0], [0.0, 1.0, 5.0]])  # without the pair of rows 0 and 2
-    assert gap("sum", weight) == pytest.approx(2 - 0.5)
-    assert math.isnan(coupling_gap(influence, length, torch.ones(3)))  # no pair of different labels
-    with pytest.raises(ValueError, match="cos, mean_src, mean_both, sum"):
-        gap("mean")
-
-
-def test_nthr_by_hand():
-    """One won token h = (1, 0), g = (1/2, -1/2): M = g h^T and its own s = 1/2 = tau. Lost: s = 1/2, 0, 1."""
-    hidden, error = tensor([1.0, 0], [1, 0], [0, 1], [2, 0]), tensor([0.5, -0.5]).repeat(4, 1)
-    row, won = tensor(0, 1, 1, 2), tensor(True, False, False, False)
-    factor, found = nthr_weights(hidden, error, row, won, beta=1.0, eta=0.3)
-    assert_close(factor, [1.0, 1.0, 1.0, 0.3])
-    assert found == {"tau": 0.5, "selected": 1}
-    assert_close(nthr_weights(hidden, error, row, won, beta=0.5, eta=0.3)[0], [1.0, 0.3, 1.0, 0.3])
-    assert_close(nthr_weights(hidden, error, row, won, beta=-math.inf, eta=0.0)[0], [1.0, 0.0, 0.0, 0.0])
-    # a second won row, h = (0, 3), g = (.1, -.1): its own mean is .18 = tau; the token at (0, 1) has s = .3
-    hidden, error = torch.cat([hidden, tensor([0.0, 3])]), torch.cat([error, tensor([0.1, -0.1])])
-    row, won = tensor(0, 1, 1, 2, 3), tensor(True, False, False, False, True)
-    factor, found = nthr_weights(hidden, error, row, won, beta=1.0, eta=0.3)
-    assert_close(factor, [1.0, 0.3, 0.3, 0.3, 1.0])
-    assert found["tau"] == pytest.approx(0.18)
-    for alike in (won | True, won & False):
-        factor, found = nthr_weights(hidden, error, row, alike, beta=1.0, eta=0.3)
-        assert factor.eq(1).all() and found["selected"] == 0
-
-
-def test_overlong_penalty_by_hand():
-    assert overlong_penalty(70, 100, 40, False) == pytest.approx(0.25)
-    assert [overlong_penalty(n, 100, 0, False) for n in (1, 99, 100)] == [0, 0, 0]
-    assert overlong_penalty(100, 100, 0, True) == overlong_penalty(30, 100, 10, True) == 1
 
 
 # --------------------------------------------------------------------------------------------------------- aggregation
 
-LOSS, ROW = tensor(1.0, 3.0, 8.0, 0.0, 0.0, 3.0), tensor(5, 5, 2, 9, 9, 9)
-DENOMINATORS = {"token": {"tokens": 6}, "sequence": {"rows": 3}, "dr": {"rows": 3, "length": 10}}
+LOSS, SAMPLE = tensor(1.0, 3.0, 8.0, 0.0, 0.0, 3.0), tensor(5, 5, 2, 9, 9, 9)
+DENOMINATORS = (6, 3, 10)  # tokens, samples, the longest reply allowed
 
 
 def test_aggregate_by_hand():
-    # sum 15; row means 2, 8, 1
-    assert float(aggregate(LOSS, ROW, "token", tokens=6)) == pytest.approx(15 / 6)
-    assert float(aggregate(LOSS, ROW, "sequence", rows=3)) == pytest.approx(11 / 3)
-    assert float(aggregate(LOSS, ROW, "dr", rows=3, length=10)) == pytest.approx(15 / 30)
-    # the tokens of rows may interleave
+    # sum 15; sample means 2, 8, 1
+    assert float(aggregate(LOSS, SAMPLE, "token", *DENOMINATORS)) == pytest.approx(15 / 6)
+    assert float(aggregate(LOSS, SAMPLE, "sequence", *DENOMINATORS)) == pytest.approx(11 / 3)
+    assert float(aggregate(LOSS, SAMPLE, "dr", *DENOMINATORS)) == pytest.approx(15 / 30)
+    # the tokens of samples may interleave
     order = tensor(3, 0, 4, 2, 1, 5)
-    assert float(aggregate(LOSS[order], ROW[order], "sequence", rows=3)) == pytest.approx(11 / 3)
+    assert float(aggregate(LOSS[order], SAMPLE[order], "sequence", *DENOMINATORS)) == pytest.approx(11 / 3)
 
 
 @pytest.mark.parametrize("how", ["token", "sequence", "dr"])
 @pytest.mark.parametrize("split", [[{5, 2, 9}], [{5}, {2, 9}], [{9, 5}, {2}], [{2}, {5}, {9}], [{5, 2, 9}, set()]])
 def test_aggregate_does_not_depend_on_micro_batches(how, split):
     whole = LOSS.clone().requires_grad_()
-    total = aggregate(whole**2, ROW, how, **DENOMINATORS[how])
+    total = aggregate(whole**2, SAMPLE, how, *DENOMINATORS)
     total.backward()
     parts, contributions = LOSS.clone().requires_grad_(), []
-    for rows in split:
-        mine = torch.tensor([int(row) in rows for row in ROW])
-        contributions.append(aggregate(parts[mine] ** 2, ROW[mine], how, **DENOMINATORS[how]))
+    for samples in split:
+        mine = torch.tensor([int(sample) in samples for sample in SAMPLE])
+        contributions.append(aggregate(parts[mine] ** 2, SAMPLE[mine], how, *DENOMINATORS))
         contributions[-1].backward()
     torch.testing.assert_close(sum(contributions), total)
     torch.testing.assert_close(parts.grad, whole.grad)
 
 
 def test_aggregate_errors_name_the_cause():
-    with pytest.raises(ValueError, match="mean"):
-        aggregate(LOSS, ROW, "mean", tokens=6)
-    with pytest.raises(ValueError, match="length"):
-        aggregate(LOSS, ROW, "dr", rows=3)
-    with pytest.raises(ValueError, match="tokens, which is 0"):
-        aggregate(LOSS, ROW, "token", tokens=0)
-    with pytest.raises(ValueError, match="row_T"):
-        aggregate(LOSS, ROW[:2], "token", tokens=6)
+    with pytest.raises(ValueError, match="'token' divides by 0"):
+        aggregate(LOSS, SAMPLE, "token", 0, 3, 10)
+    with pytest.raises(ValueError, match="'dr' divides by 0"):
+        aggregate(LOSS, SAMPLE, "dr", 6, 3, 0)
+    with pytest.raises(ValueError, match="sample_T"):
+        aggregate(LOSS, SAMPLE[:2], "token", *DENOMINATORS)

@@ -1,4 +1,4 @@
-"""make_games.py: layout, reproducibility, sizes, and that ALFWorld and TextWorld themselves accept the games."""
+"""tools/make_games.py: layout, reproducibility, sizes, and that ALFWorld and TextWorld themselves accept the games."""
 
 import json
 import os
@@ -10,9 +10,10 @@ from statistics import mean
 
 import pytest
 
-import make_games as maker
-from games import TASK_TYPES, Play, parse, solve, textworld_env
-from make_games import UNSEEN_FLOOR_PLANS, make_game, make_games
+from environments.alfworld_engine import LOOK, PLACE_TWO, TASK_TYPES, GameState, parse_game, solve
+from tools import make_games as maker
+from tools.check_alfworld import textworld_env
+from tools.make_games import TYPE_BY_NUMBER, UNSEEN_FLOOR_PLANS, make_game, make_games
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,17 +42,17 @@ def test_layout(tmp_path: Path) -> None:
             )
             assert traj["scene"]["floor_plan"] == f"FloorPlan{traj['scene']['scene_num']}"
             assert (traj["scene"]["scene_num"] in UNSEEN_FLOOR_PLANS) == (split == "unseen")
-            assert parse(path).task_type == traj["task_type"]
-            assert parse(path).task == traj["turk_annotations"]["anns"][0]["task_desc"] + "."
-            assert game["solvable"] is True and game["walkthrough"] == solve(parse(game))
-    assert Counter(parse(path).task_type for path in made["train"]) == dict.fromkeys(TASK_TYPES.values(), 2)
+            assert parse_game(path).task_type == traj["task_type"]
+            assert parse_game(path).task == traj["turk_annotations"]["anns"][0]["task_desc"] + "."
+            assert game["solvable"] is True and game["walkthrough"] == solve(parse_game(game))
+    assert Counter(parse_game(path).task_type for path in made["train"]) == dict.fromkeys(TASK_TYPES, 2)
 
 
 def test_same_bytes_from_the_same_seed_in_any_process(tmp_path: Path) -> None:
     make_games(tmp_path / "here", 6, 1, 1, seed=3, receptacles=8)
     command = [
         sys.executable,
-        "make_games.py",
+        str(ROOT / "tools" / "make_games.py"),
         "--out",
         str(tmp_path / "there"),
         "--train",
@@ -66,7 +67,7 @@ def test_same_bytes_from_the_same_seed_in_any_process(tmp_path: Path) -> None:
         "8",
     ]
     for hash_seed in ("0", "1"):  # sets iterate differently, games must not
-        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed})
+        subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed})
         assert contents(tmp_path / "here") == contents(tmp_path / "there")
         (tmp_path / "there").rename(tmp_path / f"there{hash_seed}")
     make_games(tmp_path / "more", 9, 0, 2, seed=3, receptacles=8)
@@ -111,7 +112,7 @@ def test_types_by_number_and_by_name(tmp_path: Path) -> None:
     by_number = make_games(tmp_path / "a", 4, 0, 0, seed=0, types=[6, "2"])
     by_name = make_games(tmp_path / "b", 4, 0, 0, seed=0, types=["look_at_obj_in_light", "pick_two_obj_and_place"])
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert {parse(p).task_type for p in by_number["train"]} == {TASK_TYPES[2], TASK_TYPES[6]}
+    assert {parse_game(p).task_type for p in by_number["train"]} == {LOOK, PLACE_TWO}
     assert len(by_name["train"]) == 4
 
 
@@ -120,15 +121,15 @@ def test_games_are_fair(receptacles: int | None, objects: int | None) -> None:
     counts, plans, rooms = Counter(), [], set()
     for index in range(120):
         data, traj = make_game("train", index, 6, receptacles=receptacles, objects=objects)
-        game = parse(data)
-        play = Play(game)
-        inside = Counter(o for held in play.contents.values() for o in held)
+        game = parse_game(data)
+        state = GameState(game)
+        inside = Counter(o for held in state.contents.values() for o in held)
         assert len(game.location_of) <= (receptacles or 99) and len(game.lies_at) <= (objects or 199)
-        assert not play.here and not play.won
+        assert not state.here and not state.won
         assert max(inside.values()) == 1
-        if game.task_type != TASK_TYPES[2]:
-            done = sum(len(play.contents[r] & game.goal_objects) for r in game.goal_receptacles)
-            assert done <= (game.task_type == TASK_TYPES[6])
+        if game.task_type != LOOK:
+            done = sum(len(state.contents[r] & game.goal_objects) for r in game.goal_receptacles)
+            assert done <= (game.task_type == PLACE_TWO)
         counts[len(game.goal_objects)] += 1
         plans.append(len(data["walkthrough"]))
         rooms.add(traj["scene"]["scene_num"])
@@ -138,7 +139,7 @@ def test_games_are_fair(receptacles: int | None, objects: int | None) -> None:
 
 
 def test_sizes_are_those_of_the_published_games() -> None:
-    found = [parse(make_game("train", index, 8)[0]) for index in range(180)]
+    found = [parse_game(make_game("train", index, 8)[0]) for index in range(180)]
     assert 38 < mean(len(game.lies_at) for game in found) < 48  # published: 43
     assert 19 < mean(len(game.location_of) for game in found) < 26  # published: 22.5
 
@@ -150,7 +151,7 @@ def test_alfworld_collects_and_textworld_wins_them(tmp_path: Path) -> None:
     made = make_games(tmp_path, 6, 0, 0, seed=9, receptacles=6, objects=12)["train"]
     config = {
         "dataset": {"data_path": str(tmp_path / "json_2.1.1" / "train"), "num_train_games": -1},
-        "env": {"goal_desc_human_anns_prob": 0, "task_types": list(TASK_TYPES)},
+        "env": {"goal_desc_human_anns_prob": 0, "task_types": list(TYPE_BY_NUMBER)},
     }
     assert sorted(map(Path, AlfredTWEnv(config, train_eval="train").game_files)) == made
     for path in made:

@@ -1,4 +1,4 @@
-"""report.py: its numbers are eval.json's, it stays small, names what is missing, and nothing that a model wrote is run.
+"""tools/report.py: its numbers are eval.json's, it stays small, names what is missing, runs nothing that models wrote.
 
 The page itself is tried in headless Chromium, where there is one: chromium, chromedriver and selenium.
 """
@@ -18,8 +18,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-import report
-import svg
+from tools import report, svg
 
 ROOT = report.TEMPLATE.parent.parent
 NASTY = [
@@ -64,8 +63,10 @@ def episode(group: int, member: int, steps: list, kind: str = "pick") -> dict:
     return {"task": task, "group": group, "member": member, "steps": steps, "won": member == 0, "score": 1.0}
 
 
-def write_run(folder, iterations=3, episodes=None, rules=(), config=None, results=None, metrics=None, questions=()):
-    """A run's folder; returns it."""
+def write_run(
+    folder, iterations=3, episodes=None, guidelines=(), config=None, results=None, metrics=None, questions=()
+):
+    """Write a run's folder; return it."""
     (folder / "episodes").mkdir(parents=True)
     config = {"name": "run", "seed": 0, "algo": {"advantage": "gigpo"}, "judge": {"enabled": True}} | (config or {})
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -85,7 +86,7 @@ def write_run(folder, iterations=3, episodes=None, rules=(), config=None, result
     (folder / "machine.json").write_text(json.dumps({"torch": "2.1", "GPUs": "8 x H100"}))
     episodes = episodes or [episode(group, member, [step(0), step(1)]) for group in (0, 1) for member in (0, 1)]
     for i in range(iterations):
-        end = {"questions": list(questions), "guidelines": list(rules)}
+        end = {"questions": list(questions), "guidelines": list(guidelines)}
         text = "".join(json.dumps(line) + "\n" for line in [*episodes, end])
         (folder / "episodes" / f"{i:06d}.jsonl").write_text(text)
     return folder
@@ -205,11 +206,11 @@ def test_size_is_kept_by_showing_fewer_iterations(tmp_path):
 
 
 def test_guidelines_are_those_that_the_run_recorded(tmp_path):
-    folder = write_run(tmp_path / "run", rules=["be quick", "</script>"])
+    folder = write_run(tmp_path / "run", guidelines=["be quick", "</script>"])
     data = unpack(page_of(folder), 0, 1)
-    assert [data["strings"][i] for i in data["rules"]] == ["be quick", "</script>"]
+    assert [data["strings"][i] for i in data["guidelines"]] == ["be quick", "</script>"]
     (folder / "episodes" / "000001.jsonl").write_text(json.dumps(episode(0, 0, [step(0)])) + "\n")
-    assert unpack(page_of(folder), 0, 1)["rules"] is None
+    assert unpack(page_of(folder), 0, 1)["guidelines"] is None
 
 
 class Tags(HTMLParser):
@@ -282,13 +283,17 @@ def test_ticks_and_places():
     assert svg.chart("one", [("a", "c0", {3: 0.0})]) and svg.stack("none", [("a", "c0", {3: 0.0})], "number") == ""
 
 
-def test_the_command_line_needs_no_torch(tmp_path):
+def test_the_command_line_needs_no_torch_and_runs_from_any_folder(tmp_path):
     folder = write_run(tmp_path / "run")
-    script = f"import sys; sys.argv = ['report.py', {str(folder)!r}]; import report; report.main(); "
+    script = f"import sys; sys.argv = ['report.py', {str(folder)!r}]; from tools import report; report.main(); "
     script += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n") and (folder / "report.html").stat().st_size < 200_000
-    absent = subprocess.run([sys.executable, "report.py", "runs/absent"], cwd=ROOT, capture_output=True, text=True)
+    (folder / "report.html").unlink()
+    command = [sys.executable, str(ROOT / "tools" / "report.py")]
+    subprocess.run([*command, "run"], cwd=tmp_path, capture_output=True, check=True)
+    assert (folder / "report.html").is_file()
+    absent = subprocess.run([*command, "runs/absent"], cwd=tmp_path, capture_output=True, text=True)
     assert absent.returncode == 2 and absent.stderr == "error: runs/absent is not a folder of a run\n"
 
 
@@ -354,7 +359,7 @@ def test_nothing_untrusted_runs_and_all_of_it_is_shown(tmp_path, browser):
         visit(browser, path, f"#iteration=1&task=1&attempt=1&step={number + 1}")
         for part in ("observation", "thought", "action"):
             assert units(browser, f".{part} .said") == [report.as_text(said)]
-        assert units(browser, ".rules > ul > li") == [report.as_text(rule) for rule in NASTY]
+        assert units(browser, ".guidelines > ul > li") == [report.as_text(said) for said in NASTY]
     visit(browser, path, "#iteration=1&task=0&attempt=0&step=1")
     answers = {f"<think>x</think><answer>{n % 2}</answer><advise>{s}</advise>" for n, s in enumerate(NASTY)}
     assert {report.as_text(said) for said in answers} <= set(units(browser, ".critique .raw"))

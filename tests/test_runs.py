@@ -17,8 +17,8 @@ import config as configuration
 import envs
 import prompts
 import train_rl
+from checkpoint import resume
 from config import ConfigError
-from records import find_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def test_metrics_have_their_namespaces(run):
         assert ("eval" in spaces) == (record["iteration"] == 1)
         assert all(np.isfinite(value) for value in record.values())
         assert record["rollout/episodes"] == 16 and record["rollout/discarded"] == 0
-        assert record["judge/questions"] >= 2 and record["judge/rows"] == 4 * record["judge/questions"]
-        assert record["mismatch/mean_abs"] < 1e-4 and record["mismatch/canary"] < 1e-4
-        assert record["train/rows"] == record["rollout/steps"] and record["train/grad_norm"] > 0
+        assert record["judge/questions"] >= 2 and record["judge/samples"] == 4 * record["judge/questions"]
+        assert record["mismatch/mean_abs"] < 1e-4 and record["mismatch/weight_sync"] < 1e-4
+        assert record["train/samples"] == record["rollout/steps"] and record["train/grad_norm"] > 0
         assert record["train/lr"] == 1e-3 and record["train/updates"] == -(-record["rollout/steps"] // 48)
         assert record["time/collect"] > 0 and record["time/total"] > record["time/update"]
     assert 0 <= second["eval/L0"] <= 1 and "eval/L1" in second
@@ -66,21 +66,22 @@ def test_episodes_are_dumped(run, small_games):
             judged = next(e for e in episodes if (e["group"], e["member"]) == (question["group"], question["member"]))
             assert judged["steps"][question["step"]]["label"] == question["label"] and len(question["answers"]) == 4
     config = tiny.rl_config(small_games)
-    tasks = {task.id for task in train_rl.sample_tasks(envs.tasks(config.env, "L0", "train"), config, 1)}
+    drawn = train_rl.sample_tasks(envs.tasks(config.env, "L0", "train"), config, 1)
+    tasks = {task.id for task in drawn.values()}
     assert {e["task"]["id"] for e in episodes} == tasks
 
 
-def test_golden_rules_enter_the_next_prompts(run):
+def test_guidelines_enter_the_next_prompts(run):
     _, extra = tiny.episodes_of(run, 0)
-    rules = tiny.episodes_of(run, 1)[1]["guidelines"]
+    guidelines = tiny.episodes_of(run, 1)[1]["guidelines"]
     verdicts = [(prompts.parse_critique(answer), question["label"]) for question in extra["questions"]
                 for answer in question["answers"]]  # fmt: skip
     advice = {critique.advice for critique, label in verdicts if critique.score == label and critique.advice}
-    assert rules and set(rules) <= advice  # medoids of what right critiques advise
+    assert guidelines and set(guidelines) <= advice  # medoids of what right critiques advise
     prompt = tiny.episodes_of(run, 1)[0][0]["steps"][0]["prompt"]
-    assert all(f"- {rule}\n" in prompt for rule in rules)
+    assert all(f"- {text}\n" in prompt for text in guidelines)
     assert extra["guidelines"] == [] and "guideline" not in tiny.episodes_of(run, 0)[0][0]["steps"][0]["prompt"]
-    assert json.loads((run / "checkpoints" / "000001" / "guidelines.json").read_text()) == rules
+    assert json.loads((run / "checkpoints" / "000001" / "guidelines.json").read_text()) == guidelines
 
 
 def test_checkpoint_loads(run, small_games):
@@ -94,13 +95,14 @@ def test_checkpoint_loads(run, small_games):
 
 def test_a_finished_run_has_nothing_left_to_do_and_refuses_other_settings(run, small_games, monkeypatch):
     monkeypatch.chdir(run.parents[1])
-    checkpoint, state = find_checkpoint(tiny.rl_config(small_games))
-    assert checkpoint == run / "checkpoints" / "000002" and state["iteration"] == 2
+    state = resume(tiny.rl_config(small_games))
+    assert Path(state.folder) == run / "checkpoints" / "000002" and state.iteration == 2
     for free in ("train.iterations=9", "train.eval_every=0", "eval.seeds=5", "train.checkpoint_every=7"):
-        assert find_checkpoint(tiny.rl_config(small_games, free))[1]["iteration"] == 2
+        assert resume(tiny.rl_config(small_games, free)).iteration == 2
     with pytest.raises(ConfigError, match=r"made with other settings \(algo.gamma, train.lr\): choose another name"):
-        find_checkpoint(tiny.rl_config(small_games, "train.lr=1", "algo.gamma=0.5"))
-    assert find_checkpoint(tiny.rl_config(small_games, "name=other", "train.lr=1")) == (None, {})
+        resume(tiny.rl_config(small_games, "train.lr=1", "algo.gamma=0.5"))
+    fresh = resume(tiny.rl_config(small_games, "name=other", "train.lr=1"))
+    assert (fresh.iteration, fresh.folder) == (0, str(tiny.checkpoint(small_games)))
 
 
 def same_episodes(run: Path, other: Path, iteration: int) -> None:
@@ -140,7 +142,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, small_games, tmp_path):
 # Runs train_rl.py until the second iteration's phase WHERE, and kills itself there.
 KILLED = """
 import os, signal, sys
-import config, model, rollout, train_rl
+import checkpoint, config, distributed, rollout, train_rl
 where = os.environ["WHERE"]
 def killed(owner, name, when, how=signal.SIGKILL):
     plain = getattr(owner, name)
@@ -150,15 +152,15 @@ def killed(owner, name, when, how=signal.SIGKILL):
             os.kill(os.getpid(), how)
         return result
     setattr(owner, name, wrapper)
-playing = lambda play, *_: play.episode.weights_version == 1 and play.episode.steps
+playing = lambda runner, *_: runner.episode.weights_version == 1 and runner.episode.steps
 if where == "asked to end":
-    killed(rollout.Play, "hear", playing, signal.SIGTERM)
+    killed(rollout.EpisodeRunner, "parse_completion", playing, signal.SIGTERM)
 if where == "collect":
-    killed(rollout.Play, "hear", playing)
+    killed(rollout.EpisodeRunner, "parse_completion", playing)
 if where == "update":
-    killed(train_rl, "step", lambda *_: True)
+    killed(distributed.Optimizer, "step", lambda *_: True)
 if where == "save":
-    killed(model.torch, "save", lambda _, file: "optimizers" in str(file))
+    killed(checkpoint.torch, "save", lambda _, file: "optimizers" in str(file))
 config.fail_clearly(train_rl.main)
 """
 
@@ -189,11 +191,11 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(run, small_games, tmp_
 RANKS = """
 import sys, torch, torch.distributed as dist
 import config, model, train_rl
-plain = train_rl.sync
-def sync(engine, actor):
-    plain(engine, actor)
-    torch.save({name: weight.clone() for name, weight in model.named_weights(actor)}, f"rank{dist.get_rank()}.pt")
-train_rl.sync = sync
+plain = train_rl.sync_weights
+def sync_weights(engine, policy):
+    plain(engine, policy)
+    torch.save({name: weight.clone() for name, weight in model.named_weights(policy)}, f"rank{dist.get_rank()}.pt")
+train_rl.sync_weights = sync_weights
 config.fail_clearly(train_rl.main)
 """
 WAYS = {
@@ -224,7 +226,7 @@ def test_two_ranks_play_the_same_episodes_and_stay_equal(way, run, small_games, 
     for key in one:
         if key.startswith("rollout/") and key != "rollout/tokens_per_s":
             assert two[key] == pytest.approx(one[key]), key
-    assert two["mismatch/canary"] < 1e-4 and two["mismatch/max_abs"] < 1e-3
+    assert two["mismatch/weight_sync"] < 1e-4 and two["mismatch/max_abs"] < 1e-3
     assert {"eval/L0", "eval/L1"} <= two.keys()
     weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert tiny.distance(*weights) == 0 == tiny.distance(weights[0], tiny.weights_of(twin / "checkpoints" / "latest"))
@@ -240,20 +242,20 @@ def test_a_torn_state_is_one_clear_line(run, small_games, tmp_path, monkeypatch)
         for torn in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
             file.write_bytes(torn)
             with pytest.raises(ConfigError, match=rf"latest is not a whole checkpoint of a run \({name}: .*delete it"):
-                find_checkpoint(tiny.rl_config(small_games))
+                resume(tiny.rl_config(small_games))
         file.write_bytes(whole)
-    assert find_checkpoint(tiny.rl_config(small_games))[1]["iteration"] == 2
+    assert resume(tiny.rl_config(small_games)).iteration == 2
 
 
 HUNG = """
 import sys, time, torch.distributed as dist
 import config, train_rl
-plain = train_rl.score
-def score(*arguments):
+plain = train_rl.set_logprobs
+def set_logprobs(*arguments):
     if dist.get_rank() == 1:
         time.sleep(600)
     return plain(*arguments)
-train_rl.score = score
+train_rl.set_logprobs = set_logprobs
 config.fail_clearly(train_rl.main)
 """
 

@@ -1,7 +1,7 @@
-"""theory.py against exact values worked out independently, and the properties that its docstrings promise.
+"""paper/theory.py against exact values worked out independently, and the properties that its docstrings promise.
 
-Tests are named by what they decide; docs/paper_notes.md points at them. Equation 2 and NTHR have tests in
-test_losses.py as well; here are the scope of equation 2 and properties of NTHR on random responses.
+Tests are named by what they decide; paper/paper_notes.md points at them. Equation 2 and NTHR have tests
+elsewhere as well; here are the scope of equation 2 and properties of NTHR on random responses.
 """
 
 import json
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+import baselines
 import losses
-import theory
-from theory import (
+from paper import coupling, theory
+from paper.theory import (
     advantages,
     baseline_advantage,
     baseline_value,
@@ -29,7 +30,6 @@ from theory import (
     policy_run,
     policy_step,
     printed_inequality,
-    push_on,
     random_settings,
     rise_and_fall,
     sampled_advantage,
@@ -216,7 +216,7 @@ def test_theorem_3_2_counterexample():
     advantage = advantages(probability, failure)
     assert advantage == near([-0.0021, -0.0788, 0.0809], rel=1e-6)  # -rq(1-q), qh(qr - rh), the rest
     assert squeeze(0.3, 0.4, 0.01, 0.2) == near(-0.00578, rel=1e-6)
-    assert printed_inequality(0.3, 0.4, 0.01, 0.2) < 0 < squeeze(0.3, 0.4, 0.01, 0.2, printed=True)
+    assert printed_inequality(0.3, 0.4, 0.01, 0.2) == near(-0.0178, rel=1e-6)
     assert policy_step(probability, advantage, 0.1)[0] - 0.3 == near(1.66863e-4, abs=1e-9)
 
 
@@ -245,7 +245,7 @@ def test_theorem_3_2_on_random_settings():
     probability, failure = three_actions(*settings)
     assert failure.min() >= 0 and failure.max() <= 1
     advantage = advantages(probability, failure)
-    exact, printed = squeeze(q, q_hat, r, r_hat), squeeze(q, q_hat, r, r_hat, printed=True)
+    exact, printed = squeeze(q, q_hat, r, r_hat), -(1 - q) * printed_inequality(q, q_hat, r, r_hat)
     for found, expected in (
         ((probability * failure)[:, 1:].sum(1), p * (1 - q)),  # p is failure without action 1
         (advantage.sum(1), 0),
@@ -395,9 +395,14 @@ def test_gap_of_two_samples_grows_in_logits_and_can_shrink_in_probabilities():
 
 
 def test_coupling_pulls_up_the_same_token_alone():
-    push = push_on([1 / 3, 1 / 3, 1 / 3], [0.1, 0.5, 0.5], delta=1.0)
-    assert push == near([0.0889, -0.0444, -0.0444], abs=1e-4)
-    assert push_on([0.2, 0.8], [0.1, 0.5], delta=0.3) == near(0.3 * 0.2 * 0.8 * np.array([0.4, -0.4]))
+    """Learning at one state adds delta times its advantages to a similar one's logits: above 0 on the good token."""
+    assert advantages([1 / 3, 1 / 3, 1 / 3], [0.1, 0.5, 0.5]) == near([0.0889, -0.0444, -0.0444], abs=1e-4)
+    assert advantages([0.2, 0.8], [0.1, 0.5]) == near(0.2 * 0.8 * np.array([0.4, -0.4]))
+    good, bad = advantages([0.3, 0.7], [0.0, 0.2])
+    start, end = two_samples(0.3, 0.4, xi=1, delta=0.5, rate=1e-3, steps=1)
+    moved = (theory.logit(end) - theory.logit(start)) / 1e-3
+    assert moved == near([good - 0.5 * 0.2 * 0.4 * 0.6, 0.5 * good - 0.2 * 0.4 * 0.6], rel=1e-3)
+    assert bad < 0 < good
 
 
 # ---- Theorem A.1 ----
@@ -445,11 +450,11 @@ def test_theorem_a1_while_both_move():
     assert path[:, 1].argmax() == near(at, abs=1)  # what `falls` says is what happens
 
 
-# ---- Equation 2 and NTHR: what test_losses.py leaves open ----
+# ---- Equation 2 and NTHR: what other files leave open ----
 
 
 def random_responses(seed, lengths, vocabulary=7, width=5):
-    """(W, hidden [T, H], tokens [T], error [T, V], row [T]) of responses of these lengths, float64."""
+    """Draw responses of these lengths: (head [V, H], hidden [T, H], tokens [T], error [T, V], sample [T]), float64."""
     generator = torch.Generator().manual_seed(seed)
     head = torch.randn(vocabulary, width, dtype=torch.float64, generator=generator)
     hidden = torch.randn(sum(lengths), width, dtype=torch.float64, generator=generator)
@@ -469,7 +474,7 @@ def test_equation_2_is_the_output_layers_share():
 
     hidden = (inputs @ body.T).tanh()
     error = torch.nn.functional.one_hot(token, 7) - (hidden @ head.T).softmax(-1)
-    found = losses.coupling(hidden[row == 0], error[row == 0], hidden[row == 1], error[row == 1])
+    found = coupling.coupling(hidden[row == 0], error[row == 0], hidden[row == 1], error[row == 1])
     weights = [body.requires_grad_(), head.requires_grad_()]
     first, second = (torch.autograd.grad(log_prob(*weights, which), weights) for which in (0, 1))
     assert found == near(float((first[1] * second[1]).sum()), rel=1e-10)
@@ -483,9 +488,9 @@ def test_equation_2_of_the_definition():
     _, hidden, _, error, row = random_responses(3, (4, 3))
     h, e = (hidden[row == 0], hidden[row == 1]), (error[row == 0], error[row == 1])
     expected = sum(float((e[0][k] @ e[1][m]) * (h[0][k] @ h[1][m])) for k in range(4) for m in range(3))
-    assert losses.coupling(h[0], e[0], h[1], e[1]) == near(expected, rel=1e-10)
-    assert losses.coupling(h[1], e[1], h[0], e[0]) == near(expected, rel=1e-10)
-    assert losses.coupling(h[0], e[0], h[0], e[0]) > 0
+    assert coupling.coupling(h[0], e[0], h[1], e[1]) == near(expected, rel=1e-10)
+    assert coupling.coupling(h[1], e[1], h[0], e[0]) == near(expected, rel=1e-10)
+    assert coupling.coupling(h[0], e[0], h[0], e[0]) > 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -493,7 +498,7 @@ def test_equation_2_of_the_definition():
 def test_nthr_weakens_the_lost_responses_selected_tokens_alone(seed, wins):
     _, hidden, _, error, row = random_responses(seed, (4, 3, 3, 2))
     won = torch.tensor(wins, dtype=torch.bool)[row]
-    factor, found = losses.nthr_weights(hidden, error, row, won, beta=0.3, eta=0.25)
+    factor, found = baselines.nthr_weights(hidden, error, row, won, beta=0.3, eta=0.25)
     influence = torch.stack(
         [
             sum((g @ e) * (h @ x) for g, h in zip(error[won], hidden[won], strict=True))
@@ -506,7 +511,7 @@ def test_nthr_weakens_the_lost_responses_selected_tokens_alone(seed, wins):
     assert factor.tolist() == torch.where(selected, 0.25, 1.0).tolist()
     assert found["selected"] == int(selected.sum())
     for alike in (won | True, won & False):
-        assert losses.nthr_weights(hidden, error, row, alike, beta=0.3, eta=0.25)[0].eq(1).all()
+        assert baselines.nthr_weights(hidden, error, row, alike, beta=0.3, eta=0.25)[0].eq(1).all()
 
 
 # ---- The command ----

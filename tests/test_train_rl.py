@@ -16,53 +16,87 @@ import tiny
 import torch
 from tiny import changed
 
+import checkpoint
 import envs
-import rows as row_making
+import samples as sample_making
 import train_rl
+from baselines import PPO, nthr_reweight
+from checkpoint import TrainState, save_checkpoint
 from config import Config, ConfigError
-from model import Actor, Row, all_logprobs, load_actor, load_critic
-from ranks import make_optimizer
-from records import Clock, find_checkpoint, rollout_metrics, row_metrics, save_checkpoint
+from distributed import Optimizer
+from logger import PhaseTimer, rollout_metrics, sample_metrics
+from model import LanguageModel, all_logprobs, load_model
+from packing import Sample
 from rollout import Episode, Step
-from rows import actor_rows, add_critic, mini_batches
-from train_rl import sample_tasks, score, update, update_critic
+from samples import action_samples, mini_batches, record_advantages, set_advantages, set_importance_weights
+from train_rl import sample_tasks, set_logprobs, update
 
 # ---- The update
 
 
 @pytest.fixture(scope="module")
 def config(small_games) -> Config:
-    """One update of plain GRPO; judge rows count fully, no KL."""
+    """One update of plain GRPO; judge samples count fully, no KL."""
     tiny.join()
-    return tiny.rl_config(small_games, "algo.kl=0", "train.rows_per_update=1000", "train.max_grad_norm=1000")
+    return tiny.rl_config(small_games, "algo.kl=0", "train.samples_per_update=1000", "train.max_grad_norm=1000")
 
 
 @pytest.fixture(scope="module")
-def initial(config) -> Actor:
-    return load_actor(config)
+def initial(config) -> LanguageModel:
+    return load_model(config)
 
 
 @pytest.fixture(scope="module")
-def rows(config, initial, small_games) -> list[Row]:
-    return tiny.rows(small_games, initial, config)
+def samples(config, initial, small_games) -> list[Sample]:
+    return tiny.samples(small_games, initial, config)
 
 
 def after(
-    initial: Actor, rows: list[Row], config: Config, lr: float = 0.05, momentum: float = 0.0, reference=None
+    initial: LanguageModel,
+    samples: list[Sample],
+    config: Config,
+    lr: float = 0.05,
+    momentum: float = 0.0,
+    reference=None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The weights after score() and one update() by SGD, and its metrics."""
-    actor = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
-    config = changed(config, f"train.lr={lr}")
-    optimizer = torch.optim.SGD(actor.model.parameters(), lr=lr, momentum=momentum)
-    metrics = update(actor, optimizer, scored(actor, rows, config, reference), config, iteration=0)
-    return actor.model.state_dict(), metrics
+    """The weights after scoring and one update() by SGD, and its metrics."""
+    policy = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
+    metrics = update_once(policy, scored(policy, samples, config, reference), config, lr, momentum)
+    return policy.model.state_dict(), metrics
 
 
-def scored(actor: Actor, rows: list[Row], config: Config, reference=None) -> list[Row]:
-    """Copies of the rows as score() leaves them."""
-    rows = [dataclasses.replace(row) for row in rows]
-    score(actor, reference, None, rows, config)
-    return rows
+def update_once(
+    policy: LanguageModel, ready: list[Sample], config: Config, lr: float, momentum: float = 0.0
+) -> dict[str, float]:
+    """One update() by SGD of scored samples, dealt out as train() does."""
+    optimizer = Optimizer(policy.model, make=lambda groups: torch.optim.SGD(groups, lr=lr, momentum=momentum))
+    batches = mini_batches(ready, config, 0, torch.distributed.get_world_size())
+    return update(policy, optimizer, batches, ready, config, lr, 0)
+
+
+def score(policy: LanguageModel, reference, ppo: PPO | None, samples: list[Sample], config: Config) -> None:
+    """Phase 4 of train()."""
+    if config.algo.nthr:
+        nthr_reweight(policy, [sample for sample in samples if not sample.is_critique], config)
+    set_logprobs(policy, reference, samples, config)
+    if ppo:
+        ppo.set_values(samples)
+    set_importance_weights(samples, config)
+
+
+def valued(episodes: list[Episode], config: Config) -> list[Sample]:
+    """The samples of episodes, with advantages, recorded."""
+    samples = action_samples(episodes, config)
+    set_advantages(samples, episodes, config)
+    record_advantages(samples)
+    return samples
+
+
+def scored(policy: LanguageModel, samples: list[Sample], config: Config, reference=None) -> list[Sample]:
+    """Copies of the samples as score() leaves them."""
+    samples = [dataclasses.replace(sample) for sample in samples]
+    score(policy, reference, None, samples, config)
+    return samples
 
 
 def two_episodes() -> tuple[Episode, Episode]:
@@ -83,34 +117,34 @@ def two_episodes() -> tuple[Episode, Episode]:
         ("unavailable", [0.525 + 2 * 1.1 / 3, 0.525, -0.475 - 0.8 / 3, -0.575 - 1.4 / 3]),
     ],
 )
-def test_actor_rows_carry_gigpo_advantages(config, invalid, expected):
+def test_actions_carry_gigpo_advantages(config, invalid, expected):
     """By hand, on the two episodes above."""
     won, lost = two_episodes()
     settings = ["advantage=gigpo", "divide_by_std=false", "gamma=0.5", "step_weight=2", "invalid_penalty=0.1"]
     config = changed(config, "rollout.group_size=2", *(f"algo.{one}" for one in [*settings, f"invalid={invalid}"]))
-    rows = actor_rows([won, lost], config)
-    assert [row.advantage for row in rows] == pytest.approx(expected)
-    assert [step.advantage for step in won.steps + lost.steps] == [row.advantage for row in rows]
+    samples = valued([won, lost], config)
+    assert [sample.advantage for sample in samples] == pytest.approx(expected)
+    assert [step.advantage for step in won.steps + lost.steps] == [sample.advantage for sample in samples]
 
 
 def test_an_episode_left_alone_has_no_advantage(config):
     """The other of its group was discarded; published statistics would hand it its raw score."""
     won, lost = two_episodes()
     config = changed(config, "rollout.group_size=2", "algo.advantage=grpo", "algo.stats_over=trajectories")
-    assert all(row.advantage for row in actor_rows([won, lost], config))
-    rows = actor_rows([won, dataclasses.replace(lost, group=1)], config)
-    assert [row.advantage for row in rows] == [0.0] * 4 == [step.advantage for step in won.steps + lost.steps]
+    assert all(sample.advantage for sample in valued([won, lost], config))
+    samples = valued([won, dataclasses.replace(lost, group=1)], config)
+    assert [sample.advantage for sample in samples] == [0.0] * 4 == [step.advantage for step in won.steps + lost.steps]
 
 
 @pytest.mark.parametrize("how", ["token", "sequence", "dr"])
 @pytest.mark.parametrize("kl", [0, 0.5])
-def test_update_is_the_same_for_any_micro_batch(initial, rows, config, how, kl):
+def test_update_is_the_same_for_any_micro_batch(initial, samples, config, how, kl):
     config, reference = changed(config, f"algo.aggregate={how}", f"algo.kl={kl}"), disturbed(initial, 0.02)
-    whole, metrics = after(initial, rows, changed(config, "train.tokens_per_micro_batch=9999"), reference=reference)
+    whole, metrics = after(initial, samples, changed(config, "train.tokens_per_micro_batch=9999"), reference=reference)
     assert tiny.distance(whole, initial.model.state_dict()) > 1e-3
     for budget in (1, 200, 700):
         small = changed(config, f"train.tokens_per_micro_batch={budget}")
-        parts, again = after(initial, rows, small, reference=reference)
+        parts, again = after(initial, samples, small, reference=reference)
         assert tiny.distance(parts, whole) < 1e-6
         for key in ("loss_actor", "loss_judge", "kl", "grad_norm", "entropy", "ratio"):
             assert again[f"train/{key}"] == pytest.approx(metrics[f"train/{key}"], rel=1e-4, abs=1e-5), key
@@ -119,112 +153,120 @@ def test_update_is_the_same_for_any_micro_batch(initial, rows, config, how, kl):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("method", ["ppo_clip", "gspo", "cispo"])
-def test_update_equals_a_padded_reference(initial, rows, config, packed, method):
+def test_update_equals_a_padded_reference(initial, samples, config, packed, method):
     """One padded batch, plain log_softmax, the loss written out: the same loss and gradient, with masks and KL."""
     settings = [
         f"algo.policy_loss={method}",
         "algo.kl=0.1",
-        "algo.kl_estimator=k2",
         "algo.importance=mask",
         "judge.weight=0.5",
     ]
     config = changed(config, *settings, "algo.clip_low=0.01", "algo.clip_high=0.02", "algo.importance_high=1.2")
-    noisy, reference = tiny.off_policy(rows), disturbed(initial, 0.02)
-    actor = dataclasses.replace(disturbed(initial, 0.005), packed=packed)
+    noisy, reference = tiny.off_policy(samples), disturbed(initial, 0.02)
+    policy = dataclasses.replace(disturbed(initial, 0.005), packed=packed)
     ready = scored(initial, noisy, config, reference)
-    assert 0.05 < np.mean(np.concatenate([row.weights for row in ready]) == 0) < 0.8
+    assert 0.05 < np.mean(np.concatenate([sample.loss_weights for sample in ready]) == 0) < 0.8
 
-    model = copy.deepcopy(actor.model)
-    width = max(row.tokens for row in ready)
+    model = copy.deepcopy(policy.model)
+    width = max(sample.num_tokens for sample in ready)
     ids, mask = torch.zeros(len(ready), width, dtype=torch.int64), torch.zeros(len(ready), width, dtype=torch.int64)
-    for index, row in enumerate(ready):
-        ids[index, : row.tokens] = torch.from_numpy(np.concatenate([row.prompt_ids, row.response_ids]))
-        mask[index, : row.tokens] = 1
+    for index, sample in enumerate(ready):
+        ids[index, : sample.num_tokens] = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]))
+        mask[index, : sample.num_tokens] = 1
     logits = model(input_ids=ids, attention_mask=mask).logits / config.rollout.temperature
     logp = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     total = {False: 0.0, True: 0.0}
-    tokens = {kind: sum(int((row.weights > 0).sum()) for row in ready if row.judge == kind) for kind in total}
-    for index, row in enumerate(ready):
-        own = logp[index, len(row.prompt_ids) - 1 : row.tokens - 1]
-        old, ref, weight = (torch.from_numpy(a) for a in (row.old_logprobs, row.ref_logprobs, row.weights))
+    tokens = {
+        kind: sum(int((sample.loss_weights > 0).sum()) for sample in ready if sample.is_critique == kind)
+        for kind in total
+    }
+    for index, sample in enumerate(ready):
+        own = logp[index, len(sample.prompt_ids) - 1 : sample.num_tokens - 1]
+        old, ref, weight = (
+            torch.from_numpy(a) for a in (sample.old_logprobs, sample.ref_logprobs, sample.loss_weights)
+        )
         kept = weight > 0
         if not kept.any():
             continue
         own, old, ref, weight = own[kept], old[kept], ref[kept], weight[kept]
         ratio = (own - old).exp()
-        if method == "gspo":  # the row's ratio, with each token's own gradient
+        if method == "gspo":  # the sample's ratio, with each token's own gradient
             ratio = ((own - old).mean().detach() + own - own.detach()).exp()
         bounded = ratio.clamp(0.99, 1.02)
         if method == "cispo":
-            loss = -row.advantage * bounded.detach() * own
+            loss = -sample.advantage * bounded.detach() * own
         else:
-            loss = torch.maximum(-row.advantage * ratio, -row.advantage * bounded)
-        total[row.judge] = total[row.judge] + (weight * loss + 0.1 * (own - ref) ** 2 / 2).sum() / tokens[row.judge]
+            loss = torch.maximum(-sample.advantage * ratio, -sample.advantage * bounded)
+        kl = ((ref - own).exp() - (ref - own) - 1).clamp(max=10)
+        total[sample.is_critique] = (
+            total[sample.is_critique] + (weight * loss + 0.1 * kl).sum() / tokens[sample.is_critique]
+        )
     (total[False] + 0.5 * total[True]).backward()
 
-    optimizer = torch.optim.SGD(actor.model.parameters(), lr=1.0)
-    start = copy.deepcopy(actor.model.state_dict())
-    metrics = update(actor, optimizer, ready, changed(config, "train.lr=1", "train.tokens_per_micro_batch=500"), 0)
+    start = copy.deepcopy(policy.model.state_dict())
+    metrics = update_once(policy, ready, changed(config, "train.tokens_per_micro_batch=500"), lr=1.0)
     assert metrics["train/loss_actor"] == pytest.approx(total[False].item(), rel=1e-4)
     assert metrics["train/loss_judge"] == pytest.approx(total[True].item(), rel=1e-4)
     for name, parameter in model.named_parameters():
-        step = start[name] - actor.model.state_dict()[name]
+        step = start[name] - policy.model.state_dict()[name]
         torch.testing.assert_close(step, parameter.grad, rtol=1e-3, atol=2e-6)
 
 
-def disturbed(actor: Actor, scale: float) -> Actor:
+def disturbed(policy: LanguageModel, scale: float) -> LanguageModel:
     """A copy with noise on all weights."""
     torch.manual_seed(0)
-    copied = dataclasses.replace(actor, model=copy.deepcopy(actor.model))
+    copied = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
     with torch.no_grad():
         for parameter in copied.model.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
     return copied
 
 
-def test_first_ratio_is_one_where_the_trainer_scores_the_old_policy(initial, rows, config):
-    _, metrics = after(initial, rows, config)
+def test_first_ratio_is_one_where_the_trainer_scores_the_old_policy(initial, samples, config):
+    _, metrics = after(initial, samples, config)
     assert metrics["train/ratio"] == pytest.approx(1, abs=1e-5) and metrics["train/clip_fraction"] == 0
     assert metrics["train/approx_kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["mismatch/mean_abs"] < 1e-5 and metrics["train/updates"] == 1
-    _, metrics = after(initial, rows, changed(config, "train.rows_per_update=4"), lr=0.1)
+    _, metrics = after(initial, samples, changed(config, "train.samples_per_update=4"), lr=0.1)
     assert metrics["train/updates"] == 4 and abs(metrics["train/approx_kl"]) > 1e-5  # later updates are off-policy
 
 
-def test_engine_logprobs_as_the_old_policy(initial, rows, config):
-    shifted = [dataclasses.replace(row, logprobs=row.logprobs - np.float32(0.1)) for row in rows]
+def test_engine_logprobs_as_the_old_policy(initial, samples, config):
+    shifted = [
+        dataclasses.replace(sample, engine_logprobs=sample.engine_logprobs - np.float32(0.1)) for sample in samples
+    ]
     _, metrics = after(initial, shifted, changed(config, "train.old_logprobs=engine"))
     assert metrics["train/ratio"] == pytest.approx(np.exp(0.1), rel=1e-4)
     assert metrics["mismatch/mean_abs"] == pytest.approx(0.1, rel=1e-3) == metrics["mismatch/max_abs"]
     trained, metrics = after(initial, shifted, config)  # with the trainer's the engine's do not matter but are watched
-    assert tiny.distance(trained, after(initial, rows, config)[0]) == 0
+    assert tiny.distance(trained, after(initial, samples, config)[0]) == 0
     assert metrics["mismatch/mean_abs"] == pytest.approx(0.1, rel=1e-3)
 
 
-def test_good_rows_become_likelier_and_bad_ones_less(initial, rows, config):
-    for row in [row for row in rows if row.advantage and row.logprobs.mean() < -0.2][:6]:
+def test_good_rows_become_likelier_and_bad_ones_less(initial, samples, config):
+    for sample in [sample for sample in samples if sample.advantage and sample.engine_logprobs.mean() < -0.2][:6]:
         trained = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
-        trained.model.load_state_dict(after(initial, [row], config, lr=1e-3)[0])
-        (logprobs,) = all_logprobs(trained, [row], 4096, config.rollout.temperature)
-        assert np.sign((logprobs - row.logprobs).mean()) == np.sign(row.advantage)
+        trained.model.load_state_dict(after(initial, [sample], config, lr=1e-3)[0])
+        (logprobs,) = all_logprobs(trained, [sample], 4096, config.rollout.temperature)
+        assert np.sign((logprobs - sample.engine_logprobs).mean()) == np.sign(sample.advantage)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_leaving_out_rows_without_advantage_changes_nothing(initial, rows, config, monkeypatch, momentum):
-    """Also where mini-batches of one row are left without any: the momentum of earlier ones goes on all the same."""
-    config = changed(config, "train.rows_per_update=1", "train.max_grad_norm=0.1")
-    short, fast = after(initial, rows, config, 5e-4, momentum)
-    for module in (row_making, train_rl):
-        monkeypatch.setattr(module, "has_gradient", lambda row, config: True)
-    full, slow = after(initial, rows, config, 5e-4, momentum)
+def test_leaving_out_rows_without_advantage_changes_nothing(initial, samples, config, monkeypatch, momentum):
+    """Also where mini-batches of one sample are left without any: the momentum of earlier ones goes on all the same."""
+    config = changed(config, "train.samples_per_update=1", "train.max_grad_norm=0.1")
+    short, fast = after(initial, samples, config, 5e-4, momentum)
+    for module in (sample_making, train_rl):
+        monkeypatch.setattr(module, "has_gradient", lambda sample, config: True)
+    full, slow = after(initial, samples, config, 5e-4, momentum)
     assert tiny.distance(short, full) < 2e-6 < 1e-5 < tiny.distance(full, initial.model.state_dict())
-    assert fast["train/tokens"] < 0.9 * slow["train/tokens"] == 0.9 * sum(row.tokens for row in rows)
+    assert fast["train/tokens"] < 0.9 * slow["train/tokens"] == 0.9 * sum(sample.num_tokens for sample in samples)
     for key in ("train/loss_actor", "train/loss_judge", "train/grad_norm"):
         assert fast[key] == pytest.approx(slow[key], rel=1e-5, abs=1e-5), key
 
 
-def test_an_update_without_any_signal_is_no_update(initial, rows, config):
-    silent = [dataclasses.replace(row, advantage=0.0) for row in rows]
+def test_an_update_without_any_signal_is_no_update(initial, samples, config):
+    silent = [dataclasses.replace(sample, advantage=0.0) for sample in samples]
     weights, metrics = after(initial, silent, config)
     assert tiny.distance(weights, initial.model.state_dict()) == 0
     assert metrics["train/grad_norm"] == 0 and metrics["train/tokens"] == 0
@@ -232,58 +274,57 @@ def test_an_update_without_any_signal_is_no_update(initial, rows, config):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_published_learning_rate_moves_the_weights(initial, rows, config, dtype):
+def test_a_published_learning_rate_moves_the_weights(initial, samples, config, dtype):
     """Steps of 1e-6 are not rounded away, whatever is computed in: nine in ten weights move in four updates."""
-    actor = load_actor(changed(config, f"model.dtype={dtype}"))
-    optimizer = make_optimizer(actor.model, 1e-6, 0.0)
-    config = changed(config, "train.lr=1e-6", "train.rows_per_update=4", f"model.dtype={dtype}")
-    metrics = update(actor, optimizer, scored(actor, rows, config), config, iteration=0)
+    policy = load_model(changed(config, f"model.dtype={dtype}"))
+    config = changed(config, "train.samples_per_update=4", f"model.dtype={dtype}")
+    ready = scored(policy, samples, config)
+    metrics = update(policy, Optimizer(policy.model), mini_batches(ready, config, 0, 1), ready, config, 1e-6, 0)
     assert metrics["train/updates"] == 4 and metrics["mismatch/mean_abs"] < (1e-5 if dtype == "float32" else 0.05)
     before = initial.model.state_dict()
-    moved = torch.cat([(weight != before[name]).flatten() for name, weight in actor.model.state_dict().items()])
-    assert moved.float().mean() > 0.9 and actor.dtype == getattr(torch, dtype)
-    assert {weight.dtype for weight in actor.model.parameters()} == {torch.float32}
+    moved = torch.cat([(weight != before[name]).flatten() for name, weight in policy.model.state_dict().items()])
+    assert moved.float().mean() > 0.9 and policy.dtype == getattr(torch, dtype)
+    assert {weight.dtype for weight in policy.model.parameters()} == {torch.float32}
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing(initial, rows, config):
-    plain, _ = after(initial, rows, config)
-    saving = load_actor(changed(config, "model.gradient_checkpointing=true"))
+def test_gradient_checkpointing_recomputes_and_changes_nothing(initial, samples, config):
+    plain, _ = after(initial, samples, config)
+    saving = load_model(changed(config, "model.gradient_checkpointing=true"))
     calls = []
-    for actor in (initial, saving):
-        copied = dataclasses.replace(actor, model=copy.deepcopy(actor.model))
+    for policy in (initial, saving):
+        copied = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
         copied.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-        optimizer = torch.optim.SGD(copied.model.parameters(), lr=0.05)
-        engine = changed(config, "train.lr=0.05", "train.old_logprobs=engine")
-        update(copied, optimizer, scored(copied, rows, engine), engine, 0)
+        engine = changed(config, "train.old_logprobs=engine")
+        update_once(copied, scored(copied, samples, engine), engine, lr=0.05)
         calls.append(0)
         assert tiny.distance(copied.model.state_dict(), plain) < 1e-6 and not copied.model.training
     once = calls.index(0)
     assert len(calls) - 2 - once == 2 * once
 
 
-def test_judge_weight_zero_is_no_judge(initial, rows, config):
-    actor_only = [row for row in rows if not row.judge]
+def test_judge_weight_zero_is_no_judge(initial, samples, config):
+    actor_only = [sample for sample in samples if not sample.is_critique]
     for kl in ("algo.kl=0", "algo.kl=0.1"):
         config = changed(config, kl)
         reference = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
         without, _ = after(initial, actor_only, config, reference=reference)
-        off, _ = after(initial, rows, changed(config, "judge.weight=0"), reference=reference)
-        on, _ = after(initial, rows, config, reference=reference)
+        off, _ = after(initial, samples, changed(config, "judge.weight=0"), reference=reference)
+        on, _ = after(initial, samples, config, reference=reference)
         assert tiny.distance(without, off) < 1e-6 and tiny.distance(without, on) > 1e-4
 
 
-def test_losses_of_actor_and_judge_add_up(initial, rows, config):
+def test_losses_of_actor_and_judge_add_up(initial, samples, config):
     """L = L_GRPO + weight L_GCD, each a mean over its own tokens: so are the steps of plain gradient descent."""
     start = initial.model.state_dict()
-    both, _ = after(initial, rows, changed(config, "judge.weight=0.5"))
-    actor, _ = after(initial, [row for row in rows if not row.judge], config)
-    judge, _ = after(initial, [row for row in rows if row.judge], config)
-    summed = {name: start[name] + (actor[name] - start[name]) + 0.5 * (judge[name] - start[name]) for name in start}
-    assert tiny.distance(both, summed) < 1e-6 < 1e-4 < tiny.distance(both, actor)
+    both, _ = after(initial, samples, changed(config, "judge.weight=0.5"))
+    policy, _ = after(initial, [sample for sample in samples if not sample.is_critique], config)
+    judge, _ = after(initial, [sample for sample in samples if sample.is_critique], config)
+    summed = {name: start[name] + (policy[name] - start[name]) + 0.5 * (judge[name] - start[name]) for name in start}
+    assert tiny.distance(both, summed) < 1e-6 < 1e-4 < tiny.distance(both, policy)
 
 
-def test_entropy_bonus_raises_entropy(initial, rows, config):
-    silent = [dataclasses.replace(row, advantage=0.0) for row in rows]
+def test_entropy_bonus_raises_entropy(initial, samples, config):
+    silent = [dataclasses.replace(sample, advantage=0.0) for sample in samples]
     config = changed(config, "algo.entropy=1")
     weights, metrics = after(initial, silent, config, lr=5e-3)
     assert metrics["train/entropy"] > 0
@@ -295,21 +336,21 @@ def test_entropy_bonus_raises_entropy(initial, rows, config):
     assert tiny.distance(weights, parts) < 1e-6
 
 
-def test_gradients_are_clipped_over_the_whole_mini_batch(initial, rows, config):
+def test_gradients_are_clipped_over_the_whole_mini_batch(initial, samples, config):
     start = initial.model.state_dict()
-    free, metrics = after(initial, rows, config)
+    free, metrics = after(initial, samples, config)
     norm = metrics["train/grad_norm"]
-    clipped, again = after(initial, rows, changed(config, f"train.max_grad_norm={norm / 4}"))
+    clipped, again = after(initial, samples, changed(config, f"train.max_grad_norm={norm / 4}"))
     assert again["train/grad_norm"] == pytest.approx(norm, rel=1e-5)  # the norm before clipping
     quarter = {name: start[name] + (free[name] - start[name]) / 4 for name in start}
     assert tiny.distance(clipped, quarter) < 1e-6
 
 
-# Every rank of this script does the updates of SCENARIOS on the same rows and saves its weights.
+# Every rank of this script does the updates of SCENARIOS on the same samples and saves its weights.
 SCENARIOS = {
     "one update": [],
-    "several, with KL": ["train.rows_per_update=5", "algo.kl=0.1"],
-    "mini-batches smaller than the world": ["train.rows_per_update=1", "train.max_grad_norm=0.1"],
+    "several, with KL": ["train.samples_per_update=5", "algo.kl=0.1"],
+    "mini-batches smaller than the world": ["train.samples_per_update=1", "train.max_grad_norm=0.1"],
     "sequence mean": ["algo.aggregate=sequence"],
     "gspo": ["algo.aggregate=sequence", "algo.policy_loss=gspo", "train.old_logprobs=engine"],
     "cispo": ["algo.policy_loss=cispo", "train.old_logprobs=engine"],
@@ -319,44 +360,52 @@ UPDATES = """
 import pickle, sys, torch
 sys.path.insert(0, {tests!r})
 import test_train_rl as here
-from model import load_actor
-from ranks import join_ranks
-config, rows = pickle.load(open({data!r}, "rb"))
-rank, world = join_ranks(config)
-actor = load_actor(config)
-results = here.all_scenarios(actor, rows, config)
+from distributed import init_distributed
+from model import load_model
+config, samples = pickle.load(open({data!r}, "rb"))
+rank, world = init_distributed(config)
+policy = load_model(config)
+results = here.all_scenarios(policy, samples, config)
 torch.save(results, {out!r} + str(rank))
 torch.distributed.destroy_process_group()
 """
 
 
-def all_scenarios(actor: Actor, rows: list[Row], config: Config) -> dict:
+def all_scenarios(policy: LanguageModel, samples: list[Sample], config: Config) -> dict:
     results = {}
     for name, overrides in SCENARIOS.items():
-        config_here, sampled = changed(config, *overrides), tiny.off_policy(rows)
-        results[name] = after(actor, sampled, config_here, 2e-3, momentum=0.9, reference=actor)
-    return results | {"critic": after_critic(actor, rows, config)}
+        config_here, sampled = changed(config, *overrides), tiny.off_policy(samples)
+        results[name] = after(policy, sampled, config_here, 2e-3, momentum=0.9, reference=policy)
+    return results | {"critic": after_critic(policy, samples, config)}
 
 
-def after_critic(actor: Actor, rows: list[Row], config: Config) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def after_critic(
+    policy: LanguageModel, samples: list[Sample], config: Config
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The critic's weights after two updates of PPO's value model from scratch, and the second's metrics."""
-    config = changed(config, "algo.advantage=ppo", "train.critic_lr=0.01", "train.rows_per_update=6")
-    critic = load_critic(config, actor, config.model.path)
-    optimizer = torch.optim.SGD(critic.model.parameters(), lr=0.01)
+    config = changed(config, "algo.advantage=ppo", "train.samples_per_update=6")
+    ppo = make_ppo(config, policy)
+    ppo.optimizer = Optimizer(ppo.critic.model, make=lambda groups: torch.optim.SGD(groups, lr=0.01))
     for _ in range(2):
-        ready = [dataclasses.replace(row) for row in rows]
-        score(actor, None, critic, ready, config)
-        add_critic(ready, config)
-        metrics = update_critic(critic, optimizer, ready, config, 0)
-    return critic.model.state_dict(), metrics | {"train/updates": 6}
+        ready = [dataclasses.replace(sample) for sample in samples]
+        score(policy, None, ppo, ready, config)
+        ppo.set_advantages(ready)
+        batches = mini_batches(ready, config, 0, torch.distributed.get_world_size())
+        metrics = ppo.update(ready, batches, 0.01, 0)
+    return ppo.critic.model.state_dict(), metrics | {"train/updates": 6}
 
 
-def test_update_is_the_same_for_one_and_two_ranks(initial, rows, config, tmp_path):
-    (tmp_path / "data").write_bytes(pickle.dumps((config, rows)))
+def make_ppo(config: Config, policy: LanguageModel) -> PPO:
+    """PPO with a critic from scratch."""
+    return PPO(config, policy, TrainState(folder=config.model.path))
+
+
+def test_update_is_the_same_for_one_and_two_ranks(initial, samples, config, tmp_path):
+    (tmp_path / "data").write_bytes(pickle.dumps((config, samples)))
     texts = dict(tests=str(tiny.ROOT / "tests"), data=str(tmp_path / "data"), out=str(tmp_path / "rank"))
     (tmp_path / "updates.py").write_text(UPDATES.format(**texts))
     tiny.run(tmp_path / "updates.py", cwd=tmp_path, ranks=2, timeout=120)
-    expected = all_scenarios(initial, rows, config)
+    expected = all_scenarios(initial, samples, config)
     first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     for name, (weights, metrics) in expected.items():
         assert tiny.distance(first[name][0], second[name][0]) == 0, name
@@ -372,29 +421,36 @@ def test_update_is_the_same_for_one_and_two_ranks(initial, rows, config, tmp_pat
 
 def test_mini_batches_deal_out_every_row_once(config):
     rng = random.Random(0)
-    rows = [Row(np.zeros(rng.randint(1, 300)), np.zeros(rng.randint(1, 60)), judge=n % 5 == 0) for n in range(203)]
-    config = changed(config, "train.rows_per_update=50")
+    samples = [
+        Sample(np.zeros(rng.randint(1, 300)), np.zeros(rng.randint(1, 60)), is_critique=n % 5 == 0) for n in range(203)
+    ]
+    config = changed(config, "train.samples_per_update=50")
     ids = {}
     for world in (1, 2, 3):
-        batches = mini_batches(rows, config, 4, world)
-        assert sorted(id(row) for batch in batches for share in batch for row in share) == sorted(map(id, rows))
-        ids[world] = [{id(row) for share in batch for row in share} for batch in batches]
+        batches = mini_batches(samples, config, 4, world)
+        assert sorted(id(sample) for batch in batches for share in batch for sample in share) == sorted(
+            map(id, samples)
+        )
+        ids[world] = [{id(sample) for share in batch for sample in share} for batch in batches]
         for batch in batches:
-            loads = [sum(row.tokens for row in share) for share in batch]
+            loads = [sum(sample.num_tokens for sample in share) for share in batch]
             assert max(loads) - min(loads) <= 360
-            assert sum(row.judge for share in batch for row in share) in (10, 11)  # 41 critiques over 4 mini-batches
+            assert sum(sample.is_critique for share in batch for sample in share) in (
+                10,
+                11,
+            )  # 41 critiques over 4 mini-batches
     assert ids[1] == ids[2] == ids[3] and len(ids[1]) == 4  # 162 actions
-    assert [[map(id, share) for share in batch] for batch in mini_batches(rows, config, 5, 1)] != ids[1]
+    assert [[map(id, share) for share in batch] for batch in mini_batches(samples, config, 5, 1)] != ids[1]
 
 
 def test_tasks_are_walked_in_laps(config):
     tasks = [envs.Task("alfworld", "type", str(number), "train") for number in range(10)]
-    drawn = [task.id for iteration in range(10) for task in sample_tasks(tasks, config, iteration)]  # 4 each
+    drawn = [task.id for iteration in range(10) for task in sample_tasks(tasks, config, iteration).values()]  # 4 each
     for lap in range(4):
         assert sorted(drawn[10 * lap : 10 * lap + 10]) == sorted(task.id for task in tasks)
     assert drawn[:10] != drawn[10:20]
-    other = [task.id for iteration in range(10) for task in sample_tasks(tasks, changed(config, "seed=1"), iteration)]
-    assert other != drawn
+    another = changed(config, "seed=1")
+    assert [task.id for iteration in range(10) for task in sample_tasks(tasks, another, iteration).values()] != drawn
 
 
 def test_learning_rate_schedule(config):
@@ -413,8 +469,8 @@ def run_here(small_games, tmp_path, monkeypatch, *overrides: str) -> list[dict]:
     monkeypatch.chdir(tmp_path)
     overrides += ("rollout.engine=transformers", "train.eval_every=0")
     monkeypatch.setattr("sys.argv", ["train_rl.py", str(tiny.rl_yaml(small_games, tmp_path)), "--set", *overrides])
-    monkeypatch.setattr(train_rl, "join_ranks", lambda config: tiny.join() or (0, 1))
-    monkeypatch.setattr("rollout.Engine.close", lambda self: None)
+    monkeypatch.setattr(train_rl, "init_distributed", lambda config: tiny.join() or (0, 1))
+    monkeypatch.setattr("engine.Engine.close", lambda self: None)
     train_rl.main()
     return tiny.metrics_of(tmp_path / "runs" / "tiny_rl")
 
@@ -422,7 +478,7 @@ def run_here(small_games, tmp_path, monkeypatch, *overrides: str) -> list[dict]:
 PLAIN = ("judge.enabled=false", "guidelines.every=0")
 METHODS = {
     "grpo": ["algo.advantage=grpo"],
-    "gigpo": ["algo.advantage=gigpo", "algo.similarity=0.9"],
+    "gigpo": ["algo.advantage=gigpo"],
     "rlvmr": ["algo.advantage=rlvmr", "prompt_style=rlvmr", "rollout.max_prompt_tokens=1600"],
     "ppo": ["algo.advantage=ppo", "rollout.groups=8", "rollout.group_size=1", "train.critic_lr=0.01"],
     "nthr": ["algo.advantage=grpo", "algo.nthr=true", "algo.nthr_beta=0", "env.max_steps=12"],
@@ -447,45 +503,47 @@ def test_every_method_trains(method, gcd, small_games, tmp_path, monkeypatch):
     if method == "ppo":
         assert records[0]["critic/value"] == 0 != records[1]["critic/value"] and records[0]["train/zero_advantage"] == 0
     if method == "nthr":
-        assert sum(record["train/nthr_weakened"] for record in records) > 0
+        assert sum(record["train/nthr_tokens"] for record in records) > 0
     if method == "rlvmr":
         tags = {step["tag"] for episode in tiny.episodes_of(run, 0)[0] for step in episode["steps"]}
         assert tags > {"planning", "explore"}
 
 
-def test_ppo_trains_on_lost_episodes_too(initial, rows, config):
+def test_ppo_trains_on_lost_episodes_too(initial, samples, config):
     """Their score is 0, and it is the critic that gives their tokens an advantage; without KL or entropy bonus."""
     config = changed(config, "algo.advantage=ppo", "algo.kl=0", "algo.entropy=0", "train.critic_lr=0.01")
-    acted = [dataclasses.replace(row, judge=False, advantage=float(n % 2)) for n, row in enumerate(rows)]
-    critic = load_critic(config, initial, config.model.path)
-    torch.nn.init.constant_(critic.model.score.bias, 0.25)
-    score(initial, None, critic, acted, config)
-    add_critic(acted, config)
-    tokens = np.concatenate([row.advantage for row in acted])
+    acted = [dataclasses.replace(sample, is_critique=False, advantage=float(n % 2)) for n, sample in enumerate(samples)]
+    ppo = make_ppo(config, initial)
+    torch.nn.init.constant_(ppo.critic.model.score.bias, 0.25)
+    score(initial, None, ppo, acted, config)
+    ppo.set_advantages(acted)
+    tokens = np.concatenate([sample.advantage for sample in acted])
     assert abs(tokens.mean()) < 1e-6 and tokens.std(ddof=1) == pytest.approx(1)
-    assert {len(set(row.advantage)) for row in acted} == {1}  # equal values, gamma = lambda = 1: each score, whitened
-    with pytest.raises(ValueError, match="score"):
-        update(initial, None, [dataclasses.replace(row, old_logprobs=None) for row in acted], config, 0)
-    lost = [row for row in acted if row.returns[0] == 0]
-    actor = disturbed(initial, 0)
-    optimizer = torch.optim.SGD(actor.model.parameters(), lr=1.0)
-    metrics = update(actor, optimizer, lost, config, 0)
+    assert {len(set(sample.advantage)) for sample in acted} == {
+        1
+    }  # equal values, gamma = lambda = 1: each score, whitened
+    with pytest.raises(ValueError, match="set_logprobs"):
+        update_once(initial, [dataclasses.replace(sample, old_logprobs=None) for sample in acted], config, lr=1.0)
+    lost = [sample for sample in acted if sample.returns[0] == 0]
+    metrics = update_once(disturbed(initial, 0), lost, config, lr=1.0)
     assert len(lost) == 12 and metrics["train/grad_norm"] > 0 and np.isfinite(list(metrics.values())).all()
 
 
-def test_metrics_of_masked_tokens_are_means_over_the_others(initial, rows, config):
+def test_metrics_of_masked_tokens_are_means_over_the_others(initial, samples, config):
     config = changed(config, "algo.importance=mask", "algo.importance_high=1.2", "algo.kl=0.1")
     reference = disturbed(initial, 0.02)
-    ready = scored(initial, tiny.off_policy(rows), config, reference)
-    _, metrics = after(initial, tiny.off_policy(rows), config, reference=reference)
-    gap = np.concatenate([(row.old_logprobs - row.ref_logprobs)[row.weights > 0] for row in ready])
+    ready = scored(initial, tiny.off_policy(samples), config, reference)
+    _, metrics = after(initial, tiny.off_policy(samples), config, reference=reference)
+    gap = np.concatenate([(sample.old_logprobs - sample.ref_logprobs)[sample.loss_weights > 0] for sample in ready])
     assert metrics["train/ratio"] == pytest.approx(1, abs=1e-4)
     assert metrics["train/kl"] == pytest.approx((np.exp(-gap) - 1 + gap).clip(-10, 10).mean(), rel=1e-3)
-    found = row_metrics(ready, config)
+    found = sample_metrics(ready, config)
     assert found["train/masked"] == pytest.approx(
-        1 - sum(row.counted for row in ready if not row.judge) / sum(len(r.response_ids) for r in ready if not r.judge)
+        1
+        - sum(sample.num_loss_tokens for sample in ready if not sample.is_critique)
+        / sum(len(r.response_ids) for r in ready if not r.is_critique)
     )
-    assert found["mismatch/weight"] == pytest.approx(np.concatenate([row.weights for row in ready]).mean())
+    assert found["mismatch/weight"] == pytest.approx(np.concatenate([sample.loss_weights for sample in ready]).mean())
 
 
 def test_a_resumed_critic_is_the_one_that_was_saved(small_games, tmp_path, monkeypatch):
@@ -502,77 +560,70 @@ def test_a_resumed_critic_is_the_one_that_was_saved(small_games, tmp_path, monke
 
 def test_groups_of_equal_returns_are_drawn_again(small_games, tmp_path, monkeypatch):
     """The first draws stay in the record; what is trained on comes from the last ones, under other ids."""
-    settings = ["rollout.redraws=2", "train.iterations=1", *PLAIN]
+    settings = ["rollout.dynamic_sampling=2", "train.iterations=1", *PLAIN]
     (record,) = run_here(small_games, tmp_path, monkeypatch, *settings)
     episodes = tiny.episodes_of(tmp_path / "runs" / "tiny_rl", 0)[0]
     groups = {}
     for episode in episodes:
         groups.setdefault(episode["group"], []).append(episode)
     dull = {group for group, members in groups.items() if len({member["won"] for member in members}) == 1}
-    assert record["rollout/redrawn"] == sum(group < 8 for group in dull) > 0
+    assert record["rollout/zero_variance_groups"] == sum(group < 8 for group in dull) > 0
     assert set(groups) == set(range(4)) | {group + 4 for group in dull if group < 8}
     assert record["rollout/episodes"] == len(episodes) == 4 * len(groups)
     first = {episode["task"]["id"] for group in range(4) for episode in groups[group]}
     assert not first & {episode["task"]["id"] for group in groups if group >= 4 for episode in groups[group]}
     last = [group for group in groups if group >= 8 or group not in dull]
-    assert record["train/rows"] == sum(len(member["steps"]) for group in last for member in groups[group])
+    assert record["train/samples"] == sum(len(member["steps"]) for group in last for member in groups[group])
 
 
-def test_masks_and_length_penalties(small_games, tmp_path, monkeypatch):
-    """Replies of at most 8 tokens are all cut off: masked, none of them counts; penalised, each loses its share."""
-    cut = ["rollout.max_response_tokens=8", "train.iterations=1", *PLAIN]
-    (masked,) = run_here(small_games, tmp_path / "masked", monkeypatch, *cut, "algo.overlong=mask")
+def test_replies_that_were_cut_off_can_be_masked(small_games, tmp_path, monkeypatch):
+    """Replies of at most 8 tokens are all cut off: none of them counts."""
+    settings = ["rollout.max_response_tokens=8", "train.iterations=1", "algo.overlong=mask", *PLAIN]
+    (masked,) = run_here(small_games, tmp_path, monkeypatch, *settings)
     assert masked["rollout/truncated"] == masked["train/masked"] == 1 and masked["train/grad_norm"] == 0
-    penalised = changed(tiny.rl_config(small_games), *cut, "algo.overlong=penalise", "algo.overlong_penalty=0.4",
-                        "algo.advantage=ppo", "algo.overlong_cache=4", "algo.invalid_penalty=0")  # fmt: skip
-    won, lost = two_episodes()
-    for step, length in zip(won.steps + lost.steps, (4, 6, 8, 8), strict=True):
-        step.response_ids = [2] * length
-    lost.steps[1].truncated = True
-    scores = [row.advantage for row in actor_rows([won, lost], penalised)]
-    assert scores == pytest.approx([1.0, 1.0 - 0.2, -0.4, -0.4])  # 6 tokens are half of the last 4, 8 are all of them
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_nthr_in_one_pass_equals_its_definition(initial, rows, config, packed):
-    """Row by row with full softmax rows, written out from the paper; and the log-probs of the same pass are right."""
+def test_nthr_in_one_pass_equals_its_definition(initial, samples, config, packed):
+    """Sample by sample with full softmax rows, written out from the paper; and the same pass's log-probs are right."""
     config = changed(config, "algo.nthr=true", "algo.nthr_beta=0.5", "train.tokens_per_micro_batch=300")
-    acted = [dataclasses.replace(row, judge=False, advantage=-1.0 - n) for n, row in enumerate(rows)][:9]
-    for n, row in enumerate(acted):  # group 0: trajectories 0 (won), 1, 2 of two rows each; group 1: all lost
-        row.group, row.trajectory, row.won = n // 6, n // 2, n < 2
+    acted = [dataclasses.replace(sample, is_critique=False, advantage=-1.0 - n) for n, sample in enumerate(samples)][:9]
+    for n, sample in enumerate(acted):  # group 0: trajectories 0 (won), 1, 2 of two samples each; group 1: all lost
+        sample.group, sample.trajectory, sample.won = n // 6, n // 2, n < 2
     temperature, model = config.rollout.temperature, initial.model
-    mixed, vocabulary = acted[:6], np.unique(np.concatenate([row.response_ids for row in acted[:6]]))
+    mixed, vocabulary = acted[:6], np.unique(np.concatenate([sample.response_ids for sample in acted[:6]]))
     hidden, error = [], []
-    for row in mixed:
-        ids = torch.from_numpy(np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64))[None]
+    for sample in mixed:
+        ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64))[None]
         with torch.no_grad():
-            states = model.model(ids).last_hidden_state[0, len(row.prompt_ids) - 1 : -1]
+            states = model.model(ids).last_hidden_state[0, len(sample.prompt_ids) - 1 : -1]
             probability = (model.lm_head(states) / temperature).softmax(-1)
-        one_hot = torch.nn.functional.one_hot(torch.from_numpy(row.response_ids).long(), probability.shape[1])
+        one_hot = torch.nn.functional.one_hot(torch.from_numpy(sample.response_ids).long(), probability.shape[1])
         hidden.append(states.double())
         error.append((one_hot - probability)[:, vocabulary].double())
-    pull = sum(e.T @ h for e, h, row in zip(error, hidden, mixed, strict=True) if row.won)
+    pull = sum(e.T @ h for e, h, sample in zip(error, hidden, mixed, strict=True) if sample.won)
     influence = [((e @ pull) * h).sum(-1) for e, h in zip(error, hidden, strict=True)]
-    tau = 0.5 * min(float(s.mean()) for s, row in zip(influence, mixed, strict=True) if row.won)
+    tau = 0.5 * min(float(s.mean()) for s, sample in zip(influence, mixed, strict=True) if sample.won)
     eta = 2 * abs(0.5 - 1 / 3)
 
-    actor = dataclasses.replace(initial, packed=packed)
-    before = [row.advantage for row in acted]
-    score(actor, None, None, acted, config)
+    policy = dataclasses.replace(initial, packed=packed)
+    before = [sample.advantage for sample in acted]
+    score(policy, None, None, acted, config)
     expected = [
-        torch.where(s > tau, eta, 1.0).numpy() if not row.won else 1.0 for s, row in zip(influence, mixed, strict=True)
+        torch.where(s > tau, eta, 1.0).numpy() if not sample.won else 1.0
+        for s, sample in zip(influence, mixed, strict=True)
     ]
-    assert 0 < sum(row.weakened for row in mixed) < sum(len(row.response_ids) for row in mixed[2:])
-    for row, was, factor in zip(acted, before, [*expected, 1.0, 1.0, 1.0], strict=True):
-        np.testing.assert_allclose(row.advantage, was * factor, rtol=1e-6)
+    assert 0 < sum(sample.nthr_tokens for sample in mixed) < sum(len(sample.response_ids) for sample in mixed[2:])
+    for sample, was, factor in zip(acted, before, [*expected, 1.0, 1.0, 1.0], strict=True):
+        np.testing.assert_allclose(sample.advantage, was * factor, rtol=1e-6)
     praised = [
-        dataclasses.replace(row, advantage=0.5, weakened=0, old_logprobs=None) for row in acted
+        dataclasses.replace(sample, advantage=0.5, nthr_tokens=0, old_logprobs=None) for sample in acted
     ]  # a reward stays whole
-    score(actor, None, None, praised, config)
-    assert all(row.advantage == 0.5 and not row.weakened for row in praised)
-    plain = all_logprobs(actor, acted, 9999, temperature)
-    for row, logprobs in zip(acted, plain, strict=True):
-        np.testing.assert_allclose(row.old_logprobs, logprobs, atol=1e-5)
+    score(policy, None, None, praised, config)
+    assert all(sample.advantage == 0.5 and not sample.nthr_tokens for sample in praised)
+    plain = all_logprobs(policy, acted, 9999, temperature)
+    for sample, logprobs in zip(acted, plain, strict=True):
+        np.testing.assert_allclose(sample.old_logprobs, logprobs, atol=1e-5)
 
 
 def test_tag_rewards_by_hand():
@@ -593,9 +644,9 @@ def test_tag_rewards_by_hand():
         for tag, action, valid, available, _ in story
     ]
     episode = Episode(envs.Task("alfworld", "t", "id", "train"), 0, 0, steps, won=True)
-    assert row_making.tag_rewards(episode) == [reward for *_, reward in story]
+    assert sample_making.tag_rewards(episode) == [reward for *_, reward in story]
     episode.won = False
-    assert row_making.tag_rewards(episode)[1] == 0
+    assert sample_making.tag_rewards(episode)[1] == 0
 
 
 def test_rules_from_a_file_are_followed_and_kept(small_games, tmp_path, monkeypatch):
@@ -625,8 +676,8 @@ def test_dry_run_prints_the_arithmetic(small_games, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("sys.argv", ["train_rl.py", str(tiny.rl_yaml(small_games, tmp_path)), "--dry-run"])
     train_rl.main()
     printed = capsys.readouterr().out
-    assert "4 games x 4 = 16 episodes of at most 6 steps, 32 critiques" in printed
-    assert "at most 2 optimizer steps of 48 rows" in printed
+    assert "4 groups x 4 = 16 episodes of at most 6 steps, 32 critiques" in printed
+    assert "at most 2 optimizer steps of 48 actions" in printed
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="rollout.groups=4 does not divide over 3 ranks"):
         train_rl.main()
@@ -715,62 +766,72 @@ def test_checkpoint_of_something_else(small_games, tmp_path, monkeypatch):
     folder = tiny.copy(tiny.checkpoint(small_games), tmp_path / "runs" / "tiny_rl" / "checkpoints" / "final")
     folder.with_name("latest").symlink_to("final")
     with pytest.raises((ConfigError, FileNotFoundError), match="tiny_rl"):
-        find_checkpoint(tiny.rl_config(small_games))
+        checkpoint.resume(tiny.rl_config(small_games))
 
 
 def test_a_full_disk_costs_no_checkpoint(initial, config, tmp_path, monkeypatch):
     """Whichever file does not fit any more: the error says so, and the checkpoint before it stays `latest`."""
     monkeypatch.chdir(tmp_path)
-    optimizer, progress = make_optimizer(initial.model, 1e-3, 0.0), {"advice": [], "rules": []}
-    save_checkpoint(initial, None, [optimizer], config, 1, progress)
+
+    def save(iteration: int) -> None:
+        optimizers = {"policy": Optimizer(initial.model)}
+        save_checkpoint(initial, optimizers, None, config, TrainState(iteration=iteration))
+
+    save(1)
     for owner, name in ((torch, "save"), (type(initial.model), "save_pretrained")):
         for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")):
             with monkeypatch.context() as patched:
                 patched.setattr(owner, name, lambda *_, error=error, **__: (_ for _ in ()).throw(error))
                 with pytest.raises(ConfigError, match="could not write .*000002: .*The checkpoint before it is whole"):
-                    save_checkpoint(initial, None, [optimizer], config, 2, progress)
+                    save(2)
     assert os.readlink(config.run_dir / "checkpoints" / "latest") == "000001"
-    assert find_checkpoint(config)[1]["iteration"] == 1
-    save_checkpoint(initial, None, [optimizer], config, 2, progress)
-    assert find_checkpoint(config)[1]["iteration"] == 2
+    assert checkpoint.resume(config).iteration == 1
+    save(2)
+    assert checkpoint.resume(config).iteration == 2
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_then_stops_the_run(initial, rows, config, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_skipped_and_then_stops_the_run(
+    initial, samples, config, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    config = changed(config, "train.rows_per_update=8", "train.max_bad_steps=1")
+    monkeypatch.setattr("distributed.MAX_BAD_STEPS", 1)
+    config = changed(config, "train.samples_per_update=8")
     config.run_dir.mkdir(parents=True)
     start = copy.deepcopy(initial.model.state_dict())
-    poisoned = [dataclasses.replace(row, judge=False) for row in rows]
+    poisoned = [dataclasses.replace(sample, is_critique=False) for sample in samples]
     bad = poisoned[3]
     bad.advantage = float("nan")
-    actor = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
-    optimizer = make_optimizer(actor.model, 1e-3, 0.0)
-    metrics = update(actor, optimizer, scored(actor, poisoned, config), config, iteration=0)
+    policy = dataclasses.replace(initial, model=copy.deepcopy(initial.model))
+    optimizer = Optimizer(policy.model)
+
+    def step(iteration: int) -> dict[str, float]:
+        ready = scored(policy, poisoned, config)
+        return update(policy, optimizer, mini_batches(ready, config, iteration, 1), ready, config, 1e-3, iteration)
+
+    metrics = step(0)
     assert metrics["train/skipped_steps"] == 1 and all(np.isfinite(value) for value in metrics.values())
     assert metrics["train/updates"] == 3 and metrics["train/grad_norm"] > 0
-    assert all(torch.isfinite(weight).all() for weight in actor.model.state_dict().values())
-    assert tiny.distance(start, actor.model.state_dict()) > 1e-4  # the other two steps
-    for row in poisoned:
-        row.advantage = float("nan")
-    kept = copy.deepcopy(actor.model.state_dict())
-    with pytest.raises(
-        RuntimeError, match=r"iteration 7: the gradient was not finite 2 steps in a row.*bad_rows_000007"
-    ):
-        update(actor, optimizer, scored(actor, poisoned, config), config, iteration=7)
-    assert tiny.distance(kept, actor.model.state_dict()) == 0
-    lines = (config.run_dir / "bad_rows_000007.jsonl").read_text().splitlines()
+    assert all(torch.isfinite(weight).all() for weight in policy.model.state_dict().values())
+    assert tiny.distance(start, policy.model.state_dict()) > 1e-4  # the other two steps
+    for sample in poisoned:
+        sample.advantage = float("nan")
+    kept = copy.deepcopy(policy.model.state_dict())
+    with pytest.raises(RuntimeError, match=r"the gradient was not finite 2 steps in a row.*bad_samples_000007"):
+        step(7)
+    assert tiny.distance(kept, policy.model.state_dict()) == 0
+    lines = (config.run_dir / "bad_samples_000007.jsonl").read_text().splitlines()
     assert len(lines) == 8 and json.loads(lines[0])["response"] and "NaN" in lines[0]
 
 
 def test_out_of_memory_names_what_to_lower():
-    clock = Clock()
+    timer = PhaseTimer()
     with pytest.raises(ConfigError, match="'update': lower train.tokens_per_micro_batch .*Tried to allocate 2 GiB"):
-        with clock("update"):
+        with timer("update"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
 
 
 def test_optimizer_decays_matrices_only(initial):
-    decayed, rest = make_optimizer(initial.model, 1e-3, 0.1).param_groups
+    decayed, rest = Optimizer(initial.model, 0.1).inner.param_groups
     assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
     assert all(parameter.ndim == 2 for parameter in decayed["params"])
     assert all(parameter.ndim == 1 for parameter in rest["params"])

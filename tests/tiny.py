@@ -22,20 +22,19 @@ from config import Config
 ROOT = Path(__file__).parents[1]
 SFT = """
 name: tiny_sft
-model: {{path: tiny, tiny_hidden: 64, tiny_layers: 2, tiny_heads: 2, tiny_vocab: 800}}
-env: {{data: {games}, max_steps: 10}}
-sft: {{variant: generative, episodes: 48, critic_examples: 32, noise: 0.2}}
+env: {{name: alfworld, data: {games}, max_steps: 10}}
+sft: {{variant: generative, episodes: 48, judge_examples: 32, noise: 0.2}}
 """
 RL = """
 name: tiny_rl
 model: {{path: {checkpoint}}}
-env: {{data: {games}, max_steps: 6}}
+env: {{name: alfworld, data: {games}, max_steps: 6}}
 algo: {{advantage: gigpo}}
 rollout: {{groups: 4, group_size: 4, temperature: 0.7, max_prompt_tokens: 800, max_response_tokens: 40, concurrency: 16,
           kv_cache_gib: 0.1}}
 judge: {{enabled: true, questions: 8, group_size: 4, teacher: expert, max_prompt_tokens: 1200, max_response_tokens: 60}}
 guidelines: {{every: 1, writer: medoid}}
-train: {{iterations: 2, lr: 1.0e-3, rows_per_update: 48, tokens_per_micro_batch: 4096, checkpoint_every: 1,
+train: {{iterations: 2, lr: 1.0e-3, samples_per_update: 48, tokens_per_micro_batch: 4096, checkpoint_every: 1,
         eval_every: 2}}
 eval: {{levels: [L0, L1], games: 3, seeds: 2}}
 """
@@ -51,9 +50,9 @@ def sft_config(games: Path, style: str = "think") -> Config:
 @functools.cache
 def chat_rows(games: Path, style: str = "think") -> list[dict]:
     """Generated prompts and replies, as train_sft.py reads them."""
-    import train_sft
+    import sft_data
 
-    rows = [row["messages"] for row in train_sft.make_rows(sft_config(games, style))]
+    rows = [row["messages"] for row in sft_data.make_rows(sft_config(games, style))]
     return [{"prompt": question["content"], "response": answer["content"]} for question, answer in rows]
 
 
@@ -67,31 +66,34 @@ def checkpoint(games: Path, style: str = "think") -> Path:
 
     Thoughts are one word long, also those it judges, and it sees each critique thrice: there is no time to learn more.
     """
+    import checkpoint
+    import distributed
     import model
-    import ranks
     import train_sft
+    from tools import tiny_base_model
 
     config = sft_config(games, style)
     folder = games.with_name(f"tiny_{style}") / "checkpoints" / "000001"
-    actor = model.load_actor(config, corpus(games))
+    built = tiny_base_model.build(corpus(games), config.seed, hidden=64, layers=2, heads=2, vocab=800)
+    policy = model.place_on_device(config, *built)
     rows = []
     for row in chat_rows(games, style):
         short = {key: re.sub(r"<(\w+)>(Plan: |Need).*?</\1>", r"<\1>So.</\1>", text) for key, text in row.items()}
-        weighed = train_sft.tokenise(actor, short, prompt_loss=0.2)
+        weighed = train_sft.tokenise(policy, short, prompt_loss=0.2)
         rows += [weighed] * (3 if row["prompt"].startswith("Role:") else 1)
     rng, updates = random.Random(0), 300
-    optimizer = ranks.make_optimizer(actor.model, 8e-3, 0.0, (0.9, 0.95))
+    optimizer = distributed.adamw([{"params": list(policy.model.parameters()), "weight_decay": 0.0}], (0.9, 0.95))
     for update in range(updates):
         batch = rng.sample(rows, 8)
         weight_T = torch.from_numpy(np.concatenate([weight for _, weight in batch])).float()
-        logp_T, _ = model.token_logprobs(actor, [row for row, _ in batch])
+        logp_T, _ = model.token_logprobs(policy, [sample for sample, _ in batch])
         (-(logp_T * weight_T).sum() / weight_T.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = 8e-3 * min(1, update / 20, 2 * (1 - update / updates))
         optimizer.step()
         optimizer.zero_grad()
-    model.save_model(actor, folder)
+    checkpoint.save_model(policy, folder)
     return folder
 
 
@@ -106,30 +108,34 @@ def rl_config(games: Path, *overrides: str) -> Config:
     return configuration.load(rl_yaml(games, games.parent), overrides)
 
 
-def rows(games: Path, actor, config: Config) -> list:
-    """24 rows of different lengths, a third of them critiques, a quarter without advantage; the model's log-probs."""
-    from model import Row, all_logprobs
+def samples(games: Path, policy, config: Config) -> list:
+    """24 samples of different lengths, a third of them critiques, a quarter without advantage, with log-probs."""
+    from model import all_logprobs
+    from packing import Sample
 
     rng = np.random.default_rng(0)
     made = [
-        Row(
-            np.array(actor.encode(text["prompt"])[-rng.integers(1, 150) :], dtype=np.int32),
-            np.array(actor.encode_reply(text["response"])[: rng.integers(1, 30)], dtype=np.int32),
+        Sample(
+            np.array(policy.encode(text["prompt"])[-rng.integers(1, 150) :], dtype=np.int32),
+            np.array(policy.encode_reply(text["response"])[: rng.integers(1, 30)], dtype=np.int32),
             advantage=0.0 if index % 4 == 3 else float(rng.normal()),
-            judge=index % 3 == 2,
+            is_critique=index % 3 == 2,
         )
         for index, text in enumerate(chat_rows(games)[:24])
     ]
-    for row, logprobs in zip(made, all_logprobs(actor, made, 4096, config.rollout.temperature), strict=True):
-        row.logprobs = logprobs
+    for sample, logprobs in zip(made, all_logprobs(policy, made, 4096, config.rollout.temperature), strict=True):
+        sample.engine_logprobs = logprobs
     return made
 
 
-def off_policy(rows: list) -> list:
-    """The rows as an engine would have sampled them whose log-probs are now and then off by half a nat."""
+def off_policy(samples: list) -> list:
+    """The samples as an engine would have sampled them whose log-probs are now and then off by half a nat."""
     rng = np.random.default_rng(1)
-    noise = [rng.normal(0, 0.3, len(row.response_ids)).astype(np.float32) for row in rows]
-    return [dataclasses.replace(row, logprobs=row.logprobs + off) for row, off in zip(rows, noise, strict=True)]
+    noise = [rng.normal(0, 0.3, len(sample.response_ids)).astype(np.float32) for sample in samples]
+    return [
+        dataclasses.replace(sample, engine_logprobs=sample.engine_logprobs + off)
+        for sample, off in zip(samples, noise, strict=True)
+    ]
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -147,9 +153,9 @@ def episodes_of(run: Path, iteration: int) -> tuple[list[dict], dict]:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    from model import load_actor
+    from model import load_model
 
-    return load_actor(Config(device="cpu"), path=str(folder)).model.state_dict()
+    return load_model(Config(device="cpu"), path=str(folder)).model.state_dict()
 
 
 def changed(config: Config, *overrides: str) -> Config:
@@ -163,11 +169,11 @@ def join() -> None:
     """A process group of this process alone."""
     import torch.distributed as dist
 
-    import ranks
+    import distributed
 
     if not dist.is_initialized():
         os.environ.pop("MASTER_PORT", None)  # an earlier group's port may still be taken
-        ranks.join_ranks(Config())
+        distributed.init_distributed(Config())
 
 
 def free_port() -> int:

@@ -1,0 +1,387 @@
+"""The generation engine beside the trainer: vLLM or transformers, its weights and the check that it has them.
+
+The engine knows token ids only: prompts in, sampled ids and their log-probs out, and these are the truth that is
+trained on.  vLLM runs in the trainer's own process, one engine per rank; where it is not installed, transformers
+serves the same job more slowly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from config import Config, ConfigError
+from distributed import progress_bar
+from model import LanguageModel, all_logprobs, named_weights
+from packing import Sample
+
+WEIGHT_SYNC_BOUND = 0.2  # nat per token: larger means that the engine does not run the trainer's weights
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a completion is sampled."""
+
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was sampled: token ids and their log-probs."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+def is_truncated(model: LanguageModel, completion: Completion) -> bool:
+    """Tell whether a reply ended at its limit of tokens instead of at the end of the turn."""
+    return not completion.ids or completion.ids[-1] != model.tokenizer.eos_token_id
+
+
+def stable_seed(*key: int) -> int:
+    """Make a seed that depends on the key alone: the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
+
+
+class Engine:
+    """What both engines share: requests are submitted one by one and come back from poll() in any order.
+
+    An engine may span several ranks (rollout.tensor_parallel): the first of them leads, the others follow what it does
+    from one release() to the next. Engines are replicas of each other: this is number `replica` of `num_replicas`.
+    """
+
+    is_leader = True
+
+    def __init__(self, policy: LanguageModel) -> None:
+        self.policy, self.replica, self.num_replicas = policy, dist.get_rank(), dist.get_world_size()
+
+    def submit(self, key: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request."""
+        raise NotImplementedError
+
+    def poll(self) -> list[tuple[str, Completion]]:
+        """Advance generation; return the requests that finished, as (key, completion)."""
+        raise NotImplementedError
+
+    def cancel(self, keys: Sequence[str]) -> None:
+        """Forget requests that have not come back."""
+        raise NotImplementedError
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take up the trainer's weights."""
+        raise NotImplementedError
+
+    def sleep(self) -> None:
+        """Give memory back to the trainer, until load_weights()."""
+
+    def release(self) -> None:
+        """Let the ranks that follow go on by themselves; the leader's call."""
+
+    def follow(self) -> dict[str, Completion]:
+        """Do what the leader does until its release(), as follower; return what was sampled, by key."""
+        return {}
+
+    def agree(self, flag: bool) -> bool:
+        """Return the leader's flag, on every rank of this engine."""
+        return flag
+
+    def close(self) -> None:
+        """Leave the process group: the last thing a script does."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Completion]:
+        """Sample completions for a list of prompts, in their order. Ranks that follow give the same list, or none."""
+        done: dict[str, Completion] = {}
+        if self.is_leader:
+            for index, (ids, one) in enumerate(zip(prompt_ids, params, strict=True)):
+                self.submit(str(index), ids, one)
+            began, tokens = time.monotonic(), 0
+            with progress_bar(total=len(prompt_ids), desc="generate", unit=" replies") as bar:
+                while len(done) < len(prompt_ids):
+                    fresh = dict(self.poll())
+                    done |= fresh
+                    tokens += sum(len(completion.ids) for completion in fresh.values())
+                    bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
+                    bar.update(len(fresh))
+            self.release()
+        else:
+            done = self.follow()
+        return [done[str(index)] for index in range(len(prompt_ids))]
+
+
+class VllmEngine(Engine):
+    """vLLM in this process: each rank of torchrun, or each rollout.tensor_parallel of them, have an engine of their own
+    (vLLM's external launcher), which sleeps while the models are updated (CUDA)."""
+
+    def __init__(self, policy: LanguageModel, config: Config) -> None:
+        super().__init__(policy)
+        on_cpu = policy.device.type == "cpu"
+        settings = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
+        for name, value in settings.items():
+            os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available"
+        if on_cpu:  # nothing is compiled on this path, and dynamo's first call would cost 4 to 15 seconds
+            import torch._dynamo.config as dynamo
+
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+            dynamo.disable = True
+        set_num_threads = torch.set_num_threads
+        rng = torch.get_rng_state()
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        longest = max(
+            config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+            config.judge.max_prompt_tokens + config.judge.max_response_tokens if config.judge.enabled else 0,
+        )
+        memory: dict[str, Any] = (
+            # the backend's own block of 128 tokens makes its attention read far past the end of short sequences
+            dict(kv_cache_memory_bytes=int(config.rollout.kv_cache_gib * 2**30), enforce_eager=True, block_size=32)
+            if on_cpu
+            else dict(gpu_memory_utilization=config.rollout.gpu_memory_utilization, enable_sleep_mode=True)
+        )
+        self.can_sleep, self.asleep = not on_cpu, False
+        self._join_ranks(config.rollout.tensor_parallel)
+        self.llm = vllm.LLM(
+            policy.base,
+            dtype=str(policy.dtype).removeprefix("torch."),
+            max_model_len=longest,
+            max_num_seqs=config.rollout.concurrency,
+            # A prompt is never split over steps: with a per-request seed that crashes vLLM's CPU sampler.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(4096, longest),
+            enable_prefix_caching=True,
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=config.rollout.tensor_parallel,
+            seed=config.seed,
+            logprobs_mode="processed_logprobs",
+            load_format="dummy",  # the trainer's weights follow at once
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **memory,
+        )
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a no-op
+        torch.set_rng_state(rng)  # and reseeds the global generator
+        self._params = lambda params: vllm.SamplingParams(
+            temperature=params.temperature,
+            max_tokens=params.max_tokens,
+            seed=params.seed,
+            logprobs=0,
+            detokenize=False,
+            stop_token_ids=[policy.tokenizer.eos_token_id],
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _join_ranks(self, size: int) -> None:
+        """Find the other ranks of this engine. A collective operation."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.replica, self.num_replicas, self.is_leader = rank // size, world // size, rank % size == 0
+        self.leader, self.group = rank - rank % size, None
+        for replica in range(self.num_replicas if size > 1 else 0):
+            group = dist.new_group(list(range(replica * size, (replica + 1) * size)), backend="gloo")
+            self.group = group if replica == self.replica else self.group
+        self.orders: list[tuple] = []  # (key, prompt_ids, params) to add, (key,) to cancel
+
+    def _share_orders(self, over: bool = False) -> tuple[bool, list[tuple]]:
+        """Tell every rank of the engine what the leader has in hand: whether they are released, and new orders."""
+        message, self.orders = [(over, self.orders)], []
+        if self.group is not None:
+            dist.broadcast_object_list(message, src=self.leader, group=self.group)
+        return message[0]
+
+    def submit(self, key: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self.orders.append((key, list(prompt_ids), params))
+
+    def cancel(self, keys: Sequence[str]) -> None:
+        self.orders += [(key,) for key in keys]
+
+    def poll(self) -> list[tuple[str, Completion]]:
+        _, orders = self._share_orders()
+        self._carry_out(orders)
+        return self._advance()
+
+    def release(self) -> None:
+        _, orders = self._share_orders(over=True)
+        self._carry_out(orders)
+
+    def follow(self) -> dict[str, Completion]:
+        done: dict[str, Completion] = {}
+        while True:
+            over, orders = self._share_orders()
+            self._carry_out(orders)
+            if over:
+                return done
+            done |= dict(self._advance())
+
+    def agree(self, flag: bool) -> bool:
+        message = [flag]
+        if self.group is not None:
+            dist.broadcast_object_list(message, src=self.leader, group=self.group)
+        return message[0]
+
+    def _carry_out(self, orders: Sequence[tuple]) -> None:
+        for key, *request in orders:
+            if request:
+                prompt_ids, params = request
+                self.llm.llm_engine.add_request(key, {"prompt_token_ids": prompt_ids}, self._params(params))
+            else:
+                self.llm.llm_engine.abort_request([key])
+
+    def _advance(self) -> list[tuple[str, Completion]]:
+        finished = []
+        for request in self.llm.llm_engine.step():
+            if request.finished:
+                output = request.outputs[0]
+                ids = list(output.token_ids)
+                logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True)]
+                finished.append((request.request_id, Completion(ids, logprobs)))
+        return finished
+
+    def sleep(self) -> None:
+        if self.can_sleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        if self.asleep:  # the cache's memory comes back after the weights', which may still be in the trainer's hands
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named))
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests are still running"
+
+    def close(self) -> None:
+        dist.barrier()
+        self.llm.llm_engine.engine_core.shutdown()  # this also destroys the process group
+
+
+class TransformersEngine(Engine):
+    """transformers' generate() on the trainer's own weights, all queued requests as one padded batch."""
+
+    def __init__(self, policy: LanguageModel, batch: int) -> None:
+        super().__init__(policy)
+        self.batch = batch
+        self.queue: deque[tuple[str, list[int], SamplingParams]] = deque()
+
+    def submit(self, key: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self.queue.append((key, list(prompt_ids), params))
+
+    @torch.no_grad()
+    def poll(self) -> list[tuple[str, Completion]]:
+        taken = [self.queue.popleft() for _ in range(min(self.batch, len(self.queue)))]
+        if not taken:
+            return []
+        tokenizer, model = self.policy.tokenizer, self.policy.model
+        width = max(len(ids) for _, ids, _ in taken)
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids, _ in taken], device=self.policy.device)
+        mask = torch.tensor(
+            [[0] * (width - len(ids)) + [1] * len(ids) for _, ids, _ in taken], device=self.policy.device
+        )
+        sampler = _SeededSampler([params for _, _, params in taken])
+        with self.policy.autocast():
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,  # some models' generation_config.json has another: falsified log-probs
+                max_new_tokens=max(params.max_tokens for _, _, params in taken),
+                eos_token_id=end,
+                pad_token_id=pad,
+                logits_processor=[sampler],
+            )[:, width:]
+        finished = []
+        for index, (key, _, params) in enumerate(taken):
+            ids = output[index].tolist()[: params.max_tokens]
+            ids = ids[: ids.index(end) + 1] if end in ids else ids
+            logprobs = [float(sampler.logprobs[at][index]) for at in range(len(ids))]
+            finished.append((key, Completion(ids, logprobs)))
+        return finished
+
+    def cancel(self, keys: Sequence[str]) -> None:
+        self.queue = deque(request for request in self.queue if request[0] not in keys)
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        pass  # it generates with the trainer's own weights
+
+
+class _SeededSampler:
+    """A logits processor that turns generate()'s arg-max into sampling with one generator per request (Gumbel-max)."""
+
+    def __init__(self, params: Sequence[SamplingParams]) -> None:
+        self.temperature = torch.tensor([[one.temperature] for one in params])
+        self.generators = [torch.Generator().manual_seed(one.seed) for one in params]
+        self.logprobs: list[torch.Tensor] = []  # of the chosen tokens, [B] each
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logp = torch.log_softmax(scores.float().cpu() / self.temperature.clamp(min=1e-6), dim=-1)  # [B, V]
+        uniform = torch.stack([torch.rand(logp.shape[1], generator=generator) for generator in self.generators])
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        noisy = torch.where(self.temperature > 0, logp + gumbel, logp)  # [B, V] generate() takes its arg-max
+        self.logprobs.append(logp.gather(1, noisy.argmax(1, keepdim=True))[:, 0])
+        return noisy.to(scores.device)
+
+
+def make_engine(config: Config, policy: LanguageModel) -> Engine:
+    """Make the engine that `rollout.engine` names, holding the policy's weights.
+
+    The process group must exist (vLLM joins it). Raises ConfigError if vLLM is asked for and not installed.
+    """
+    kind = config.rollout.engine
+    installed = importlib.util.find_spec("vllm") is not None
+    if kind == "vllm" and not installed:
+        raise ConfigError(
+            "rollout.engine=vllm, but vLLM is not installed: pip install -r requirements.txt (CPU: see quickstart.sh), "
+            "or use rollout.engine=transformers, which is slower"
+        )
+    if kind == "transformers" or not installed:
+        return TransformersEngine(policy, config.rollout.concurrency)
+    engine = VllmEngine(policy, config)
+    sync_weights(engine, policy)
+    return engine
+
+
+def sync_weights(engine: Engine, policy: LanguageModel) -> None:
+    """Give the engine the trainer's weights, one by one: there is never a second whole copy of them."""
+    engine.load_weights(named_weights(policy))
+
+
+def check_weight_sync(
+    engine: Engine, policy: LanguageModel, prompt_ids: Sequence[Sequence[int]], config: Config
+) -> float:
+    """Measure the mean |log-prob difference| of engine and trainer on fresh completions of a few prompts, in nats.
+
+    Raises RuntimeError above WEIGHT_SYNC_BOUND: the engine then does not run the trainer's weights.
+    """
+    params = [SamplingParams(1.0, 16, stable_seed(config.seed, index)) for index in range(len(prompt_ids))]
+    completions = engine.generate(prompt_ids, params)
+    samples = [Sample(np.array(ids), np.array(c.ids)) for ids, c in zip(prompt_ids, completions, strict=True)]
+    trainer = all_logprobs(policy, samples, config.train.tokens_per_micro_batch, 1.0)
+    gap = float(np.abs(np.concatenate(trainer) - np.concatenate([c.logprobs for c in completions])).mean())
+    if not gap <= WEIGHT_SYNC_BOUND:
+        raise RuntimeError(
+            f"engine and trainer disagree by {gap:.3g} nat per token (bound {WEIGHT_SYNC_BOUND}): the weight sync is "
+            "broken"
+        )
+    return gap

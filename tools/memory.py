@@ -1,0 +1,187 @@
+"""Estimate what a run will need of a GPU's memory, phase by phase, before it starts.
+
+    python tools/memory.py configs/qwen7b_gcd.yaml --gpus 8 --gib 80 --set env.name=alfworld model.tune=lora
+
+Counted: weights, gradients and Adam's moments, copies in half precision, activations of one micro-batch, the logits of
+one chunk, the engine's share.  Parameters are counted on a model built without memory; activations follow from its
+sizes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import config as configuration  # before torch: it sets the number of threads
+
+# isort: split
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+
+from config import Config, ConfigError
+from model import LOGIT_CHUNK, base_of
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+UNCOUNTED_GIB = 2.0  # the allocator's waste, CUDA's libraries
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES += ("vocab_size", "tie_word_embeddings")
+PUBLISHED = {  # SIZES of the paper's models, so that a machine without a network can plan for them
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 151936, True),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of an RL iteration: GiB by what holds them."""
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Sum the parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters."""
+
+    all: int
+    outside: int  # of the layers
+    matrices: int  # of the layers
+    largest: int  # of these matrices
+    trained: int
+
+
+def first_model(config: Config) -> str:
+    """Find the model that model.path began as: through runs, and through configs of runs yet to be made."""
+    path, seen = config.model.path, set()
+    while (run := configuration.run_folder(path)) and not Path(path).is_dir() and run not in seen:
+        seen.add(run)
+        same = [f"env.name={config.env.name}", f"env.level={config.env.level}"]
+        made = (configuration.load(file, same) for file in sorted(ROOT.glob("configs/*.yaml")))
+        path = next((one.model.path for one in made if one.run_dir == run), path)
+    return path
+
+
+def model_sizes(config: Config) -> PretrainedConfig | None:
+    """Return the sizes of model.path, or None where they cannot be known here."""
+    path = first_model(config)
+    if path in PUBLISHED:
+        return Qwen2Config(**dict(zip(SIZES, PUBLISHED[path], strict=True)))
+    try:
+        return AutoConfig.from_pretrained(base_of(path))
+    except (OSError, ValueError, ConfigError):
+        return None
+
+
+def count(config: Config, sizes: PretrainedConfig | None = None) -> tuple[PretrainedConfig, Parameters]:
+    """Count the parameters of a model of these sizes (default: model.path's). Raises ConfigError if it is unknown."""
+    sizes = sizes or model_sizes(config)
+    if sizes is None:
+        raise ConfigError(f"{config.model.path} is not here, and its sizes are not known")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(sizes)
+    layers = model.base_model.layers
+    matrices = [module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    adapter = sum(config.model.lora_rank * sum(matrix.shape) for matrix in matrices)
+    everything, inside = (sum(weight.numel() for weight in part.parameters()) for part in (model, layers))
+    return sizes, Parameters(
+        all=everything,
+        outside=everything - inside,
+        matrices=sum(matrix.numel() for matrix in matrices),
+        largest=max(matrix.numel() for matrix in matrices),
+        trained=everything if config.model.tune == "full" else adapter,
+    )
+
+
+def phases(
+    config: Config, gpu_gib: float, world: int = 1, sizes: PretrainedConfig | None = None
+) -> tuple[Parameters, list[Phase]]:
+    """Estimate the phases of an RL iteration on one of `world` GPUs of `gpu_gib`; the model's parameters, too.
+
+    With device=cpu it is what the same update takes there, for benchmarks/update.py to compare. Raises ConfigError for
+    an unknown model.
+    """
+    sizes, number = count(config, sizes)
+    model, train, on_cpu = config.model, config.train, config.device == "cpu"
+    width = 4 if model.dtype == "float32" or (on_cpu and model.dtype == "auto") else 2  # bytes of what is computed in
+    sharded = {"auto": model.tune == "full", "always": True, "never": False}[model.shard]
+    shards = world if sharded else 1
+    weights = {
+        "full": 4 * number.all / shards,
+        "lora": width * number.all / shards + 4 * number.trained / shards,
+        "qlora": width * (number.all - number.matrices) + 4.5 / 8 * number.matrices + 4 * number.trained,
+    }[model.tune]
+    adam = (2 if train.optimizer == "adamw8bit" else 8) * number.trained / shards
+    held = {"trainer's weights": weights, "Adam": adam}
+    if config.algo.advantage == "ppo":
+        held["critic, with Adam"] = weights + adam
+    share = config.rollout.gpu_memory_utilization * gpu_gib * GIB
+    engine = max(share, 1.1 * width * number.all / config.rollout.tensor_parallel)  # the model, a small cache at least
+
+    tokens, hidden, layers = train.tokens_per_micro_batch, sizes.hidden_size, sizes.num_hidden_layers
+    # of one layer and token: inputs of its matrices as computed, and the two norms' in float32
+    layer = (width * (6 * hidden + 4 * sizes.intermediate_size) + 8 * hidden) * tokens
+    kept = layers * 4 * hidden * tokens + layer if model.gradient_checkpointing else layers * layer
+    work = {"logits": 3 * 4 * LOGIT_CHUNK * sizes.vocab_size}
+    if model.attention == "sdpa" and not on_cpu:  # samples are packed
+        work["attention mask"] = 3 * tokens**2  # as bool and in half precision
+    copy = {
+        "full": 0 if width == 4 and shards == 1 else width * number.all,
+        "lora": 0,
+        "qlora": width * number.largest,
+    }[model.tune]
+    gathered = width * (number.outside + 2 * (number.all - number.outside) / layers) if shards > 1 else copy
+    score = {"weights in half precision": copy, "activations": layer}
+    if config.algo.kl > 0 and model.tune == "full":
+        score["reference"] = width * number.all
+    if config.algo.nthr:  # hidden states and errors of a group's longest replies, over some 4096 tokens in use
+        group = config.rollout.group_size * config.env.max_steps * config.rollout.max_response_tokens
+        score["NTHR, at most"] = 4 * group * (2 * 4096 + 2 * hidden)
+    update = {"weights in half precision": gathered, "activations": kept, "gradients": 4 * number.trained / shards}
+    if world > 1 and shards == 1:
+        update["their sum over ranks"] = 4 * number.trained
+    made = [("collect", held | {"engine": engine}), ("score", held | work | score), ("update", held | work | update)]
+    return number, [Phase(name, {key: size / GIB for key, size in parts.items()}) for name, parts in made]
+
+
+def table(config: Config, gpu_gib: float = 0.0, world: int = 1) -> str:
+    """Write the estimate as lines that begin with #, against GPUs of a size; 0: of the one that is here, or 80 GiB."""
+    here = torch.cuda.is_available() and not gpu_gib
+    gpu_gib = torch.cuda.get_device_properties(0).total_memory / GIB if here else gpu_gib or 80.0
+    try:
+        number, estimate = phases(config, gpu_gib, world)
+    except ConfigError as error:
+        return f"# memory: {error}"
+    what = f"{number.all / 1e6:,.1f} million parameters, {number.trained / 1e6:,.1f} trained"
+    lines = [
+        f"# memory of one of {world} ranks, estimated, on {'this' if here else 'a'} GPU of {gpu_gib:.0f} GiB; {what}:"
+    ]
+    for phase in estimate:
+        parts = ", ".join(f"{name} {gib:.1f}" for name, gib in phase.parts.items() if gib)
+        lines.append(f"#   {phase.name:<8}{phase.total:7.1f} GiB: {parts}")
+    if max(phase.total for phase in estimate) + UNCOUNTED_GIB > gpu_gib:
+        lines.append(
+            f"#   does not fit into {gpu_gib:.0f} GiB: lower train.tokens_per_micro_batch or "
+            "rollout.gpu_memory_utilization, set train.optimizer=adamw8bit or model.tune=lora, or use more GPUs"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the estimate that the command line asks for."""
+    command = configuration.parser(__doc__)
+    command.add_argument("--gpus", type=int, default=1)
+    command.add_argument("--gib", type=float, default=80.0, help="of each GPU (default: %(default)s)")
+    arguments = command.parse_args()
+    print(table(configuration.load(arguments.config, arguments.set), arguments.gib, arguments.gpus))
+
+
+if __name__ == "__main__":
+    configuration.fail_clearly(main)
