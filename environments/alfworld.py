@@ -34,6 +34,7 @@ RECEPTACLE_TYPES = frozenset(  # what can be gone to, as ALFWorld names it; ever
     "fridge garbagecan handtowelholder laundryhamper microwave ottoman safe shelf sidetable sinkbasin sofa "
     "stoveburner toaster toilet toiletpaperhanger towelholder tvstand".split()
 )
+PACKAGES = ("alfworld", "textworld")  # whose versions a run records
 
 PROMPT = EnvPrompt(
     opening="You are an expert agent operating in the ALFRED Embodied Environment. Your task is to: {task}\n",

@@ -63,6 +63,7 @@ SIMPLIFICATIONS = (
     "noElectricalAction",
 )
 MAX_MOVES = 100  # simulated time after which an episode is over, as published; a `wait` takes 11
+PACKAGES = ("scienceworld",)  # whose versions a run records
 
 PROMPT = EnvPrompt(
     opening="You are an expert agent operating in the ScienceWorld environment, which is a text-based virtual "

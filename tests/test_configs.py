@@ -6,15 +6,16 @@ import pytest
 import tiny
 
 import config as configuration
-import memory
 import train_rl
 import train_sft
-from config import Config, ConfigError
+from config import ConfigError
+from paper import value_sft
 
 FILES = sorted((tiny.ROOT / "configs").glob("*.yaml"))
 READMES = [tiny.ROOT / "README.md", tiny.ROOT / "configs" / "README.md"]
 COMMAND = re.compile(
-    r"(?:torchrun --nproc_per_node=(\d)|python) (train_\w+)\.py (configs/\S+\.yaml)(?: --set ([^\n`#]+))?"
+    r"(?:torchrun --nproc_per_node=(\d)|python) (train_\w+|paper/value_sft)\.py (configs/\S+\.yaml)"
+    r"(?: --set ([^\n`#]+))?"
 )
 ROWS = [file for file in FILES if re.search(r"qwen(1\.5|7)b_(?!instruct)", file.name)]
 
@@ -32,11 +33,15 @@ def test_documented_commands_resolve(ranks, script, file, overrides, monkeypatch
     monkeypatch.chdir(tiny.ROOT)
     monkeypatch.setenv("WORLD_SIZE", ranks or "1")
     config = configuration.load(file, overrides.split())
-    if script == "train_sft":
-        train_sft.preflight(config, int(ranks or 1))
+    if script == "train_rl":
+        assert f"name: {config.name}" in train_rl.dry_run(config)
+        return
+    preflight = {"train_sft": train_sft.preflight, "paper/value_sft": value_sft.preflight}[script]
+    if config.sft.data:  # the rows of `make base`, which an earlier command of the same head makes
+        with pytest.raises(ConfigError, match=f"sft.data={config.sft.data} does not exist"):
+            preflight(config, int(ranks or 1))
     else:
-        printed = train_rl.dry_run(config)
-        assert f"name: {config.name}" in printed and "million parameters" in printed
+        preflight(config, int(ranks or 1))
 
 
 def test_every_row_of_the_tables_has_its_file_and_figures():
@@ -77,15 +82,3 @@ def test_names_can_hold_options(tmp_path):
     for wrong in ("{env.nosuch}", "{env}", "{nosuch}", "{env.name.upper}"):
         with pytest.raises(ConfigError, match=re.escape(wrong)):
             configuration.load(path, [f"name=a_{wrong}"])
-
-
-def test_what_will_not_fit_on_disk(tmp_path, monkeypatch):
-    unknown = tiny.changed(Config(), "model.path=runs/nosuch/checkpoints/latest")
-    monkeypatch.chdir(tmp_path)
-    memory.check_disk(Config())
-    memory.check_disk(unknown)
-    usage = type("Usage", (), {"free": 10 * 2**30})
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(ConfigError, match=r"checkpoints will take 51.8 GiB, .* has 10.0 GiB free.*keep_checkpoints=2"):
-        memory.check_disk(Config())
-    memory.check_disk(tiny.changed(Config(), "model.tune=lora"))

@@ -120,7 +120,7 @@ def danger(visits: int, taken: int, penalty: float, pull: float) -> dict[str, fl
     """One flawed action, taken `taken` times of `visits` with a total advantage of `penalty`, its own influence 1; one
     other sample is drawn, whose pull on it stands for all others'."""
     steps = [("hall", "look")] * taken + [("hall", "go")] * (visits - taken)
-    advantage_N = np.array([penalty / taken] * taken + [1.0] * (visits - taken))  # [N]
+    advantage_N = np.array([penalty / taken] * taken + [1.0] * (visits - taken))
     influence_RR = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, pull / visits], [0.0, 0.0, 1.0]])  # good, flawed, drawn
     return coupling.dangers(influence_RR, [visits - 1, 0, visits - 1], 1, advantage_N, [episode(*steps)])
 
@@ -191,12 +191,12 @@ def test_observe_equals_its_definition(played):
     for sample in good + flawed:
         hidden_TH, target_T = (one.detach() for one in last_hidden(policy, [sample]))
         weight = policy.inner.get_output_embeddings().weight.detach().double().requires_grad_()
-        logits_TV = hidden_TH.double() @ weight.T / config.rollout.temperature  # [T, V]
+        logits_TV = hidden_TH.double() @ weight.T / config.rollout.temperature
         logp = logits_TV.log_softmax(-1).gather(1, target_T[:, None]).sum()
         gradients.append(torch.autograd.grad(logp, weight)[0].flatten() * config.rollout.temperature)
-    influence_RR = torch.stack(gradients) @ torch.stack(gradients).T  # [R, R]
-    length_R = torch.tensor([len(sample.response_ids) for sample in good + flawed])  # [R]
-    label_R = torch.arange(11) < 2  # [R]
+    influence_RR = torch.stack(gradients) @ torch.stack(gradients).T
+    length_R = torch.tensor([len(sample.response_ids) for sample in good + flawed])
+    label_R = torch.arange(11) < 2
     possible = []
     for a in range(2, 11):  # chosen are both good ones and two of the flawed
         for b in range(a + 1, 11):

@@ -61,7 +61,7 @@ def output_gradients(subject: Subject, samples: list[Sample]) -> list[torch.Tens
     for sample in samples:
         hidden_TH, target_T = (tensor.detach() for tensor in model.last_hidden(policy, [sample]))
         weight = policy.model.get_output_embeddings().weight.detach().double().requires_grad_()
-        logits_TV = hidden_TH.double() @ weight.T / temperature  # [T, V]
+        logits_TV = hidden_TH.double() @ weight.T / temperature
         logp = logits_TV.log_softmax(-1).gather(1, target_T[:, None]).sum()
         gradients.append(torch.autograd.grad(logp, weight)[0].flatten() * temperature)
     return gradients
@@ -110,7 +110,7 @@ def test_likelihood_of_a_reply_and_of_its_action(subject):
     samples = [Sample(np.array(policy.encode("A room.")), np.array(policy.encode_reply(reply))) for reply in replies]
     found = geometry.likelihoods(policy, samples, config)
     with torch.no_grad():
-        logp_T = model.token_logprobs(policy, samples[:1], config.rollout.temperature)[0].double().numpy()  # [T]
+        logp_T = model.token_logprobs(policy, samples[:1], config.rollout.temperature)[0].double().numpy()
     pieces = geometry.pieces_of(policy, samples[0].response_ids)
     words = ["go" in piece or "to" in piece or "desk" in piece or "2" in piece for piece in pieces]
     assert "".join(np.array(pieces)[words]).strip() == "go to desk 2"
@@ -132,7 +132,7 @@ def test_states_equal_one_pass_per_row(subject):
     for number, sample in enumerate(samples):
         ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64))[None]
         with torch.no_grad():
-            hidden_SH = policy.inner.base_model(input_ids=ids).last_hidden_state[0].double()  # [S, H]
+            hidden_SH = policy.inner.base_model(input_ids=ids).last_hidden_state[0].double()
         expected = (hidden_SH.mean(0), hidden_SH[len(sample.prompt_ids) :].mean(0), hidden_SH[-1])
         for state_RH, one in zip(found.values(), expected, strict=True):
             torch.testing.assert_close(state_RH[number], one, rtol=1e-4, atol=1e-5)
@@ -140,10 +140,10 @@ def test_states_equal_one_pass_per_row(subject):
 
 def test_similarity_by_what_two_steps_share(subject):
     found = geometry.embed_sim(subject)
-    state_RH = geometry.states(subject.engine.policy, samples_of(subject), 64)["prompt and response"]  # [R, H]
+    state_RH = geometry.states(subject.engine.policy, samples_of(subject), 64)["prompt and response"]
     order = [step for _, step in geometry.draw_steps(subject.own, 10)]
     assert len(order) == found["steps"] == 3
-    unit_RH = torch.nn.functional.normalize(state_RH, dim=-1)  # [R, H]
+    unit_RH = torch.nn.functional.normalize(state_RH, dim=-1)
     assert found["same episode, raw, prompt and response"][0] == pytest.approx(float(unit_RH[0] @ unit_RH[1]), abs=1e-5)
     apart = float((unit_RH[0] @ unit_RH[2] + unit_RH[1] @ unit_RH[2]) / 2)
     assert found["different games, raw, prompt and response"][0] == pytest.approx(apart, abs=1e-5)
@@ -164,9 +164,9 @@ def test_a_step_moves_others_as_their_gradients_say_and_is_undone(subject):
     for way, direct in {"": lambda g: g, ", Adam": torch.sign}.items():
         assert 0 < found[f"own change{way}"] < 1.5 * geometry.SELF_CHANGE
         assert found[f"change / 10 x change by a tenth{way}"] == pytest.approx(1, abs=0.3)
-        gain_RR = torch.stack([torch.stack([g @ direct(other) for g in gradients]) for other in gradients])  # [R, R]
+        gain_RR = torch.stack([torch.stack([g @ direct(other) for g in gradients]) for other in gradients])
         gain_RR /= torch.tensor([len(sample.response_ids) for sample in samples])
-        moved = geometry.SELF_CHANGE * gain_RR / gain_RR.diagonal().max()  # [R, R]
+        moved = geometry.SELF_CHANGE * gain_RR / gain_RR.diagonal().max()
         cell, pairs = found[f"cells, reply{way}, a tenth"]["take"]["take"]
         assert pairs == 6 and 10 * cell == pytest.approx(float(moved[~torch.eye(3, dtype=bool)].mean()), rel=0.1)
     assert (
@@ -180,8 +180,8 @@ def test_kinds_of_actions():
 
 
 def test_a_source_without_targets_of_a_kind_does_not_count():
-    change_SR = np.array([[np.nan, 2.0, 4.0], [np.nan, np.nan, 1.0]])  # [S, R]
-    some_S, mean_S = geometry.source_means(change_SR, np.array([[True, True, True], [True, True, False]]))  # [S] each
+    change_SR = np.array([[np.nan, 2.0, 4.0], [np.nan, np.nan, 1.0]])
+    some_S, mean_S = geometry.source_means(change_SR, np.array([[True, True, True], [True, True, False]]))
     assert some_S.tolist() == [True, False] and mean_S[0] == 3.0
 
 
@@ -196,7 +196,7 @@ def test_a_model_has_not_drifted_from_itself(subject):
 def test_the_lens_on_the_last_layer_is_the_model(subject):
     policy, sample = subject.engine.policy, samples_of(subject)[1]
     with torch.no_grad():
-        logits_LTV = geometry.layer_logits(policy, geometry.layer_states(policy, sample))  # [layers + 1, T, V]
+        logits_LTV = geometry.layer_logits(policy, geometry.layer_states(policy, sample))
         hidden_TH, _ = model.last_hidden(policy, [sample])
         torch.testing.assert_close(
             logits_LTV[-1], policy.inner.get_output_embeddings()(hidden_TH), rtol=1e-4, atol=1e-4

@@ -19,14 +19,15 @@ import pytest
 import tiny
 import torch
 
-import behaviour
 import config as configuration
 import envs
 import judge
 import prompts
+import sft_data
 import train_rl
 import train_sft
-from config import Config, ConfigError, JudgeConfig
+from config import Config, ConfigError, EnvConfig, JudgeConfig
+from paper import behaviour
 from rollout import Episode, Step
 from teacher import PATIENCE, Teacher
 
@@ -210,7 +211,11 @@ def test_requests_in_flight_are_capped(server, settings):
     ],
 )
 def test_votes(scores, agreement, verdict):
-    assert judge.agreed(scores, JudgeConfig(votes=5, agreement=agreement)) == verdict
+    assert judge.vote(scores, JudgeConfig(votes=5, agreement=agreement)) == verdict
+
+
+def config_of(judge_cfg: JudgeConfig) -> Config:
+    return Config(env=EnvConfig(name="alfworld"), judge=judge_cfg)
 
 
 def episode(count: int) -> Episode:
@@ -224,13 +229,13 @@ def episode(count: int) -> Episode:
 def test_what_the_teacher_calls_good_becomes_a_positive(server, settings):
     server.answer = lambda question, number: GOOD if "reply 3" in question else GOOD.replace("1", "0")
     server.faults = ["garbage"]
-    played, config = episode(6), Config(judge=dataclasses.replace(settings, concurrency=1))
-    counts = judge.label_episodes([played], config, random.Random(0), 6, Teacher(config.judge))
+    played, config = episode(6), config_of(dataclasses.replace(settings, concurrency=1))
+    counts = judge.label_steps([played], config, random.Random(0), 6, Teacher(config.judge))
     assert [step.label for step in played.steps if step.label is not None] in ([1], [])  # unless 3 met the fault
     assert counts["teacher_asked"] == 6 and counts["teacher_no_verdict"] == counts["teacher_failed"] == 1
     assert counts["teacher_requests"] == 6 and counts["teacher_tokens"] == 500
     question = server.requests[-1][1]["messages"][0]["content"]
-    assert question in {prompts.build_critic_prompt("alfworld", s.prompt, s.response) for s in played.steps}
+    assert question in {prompts.build_judge_prompt("alfworld", s.prompt, s.response) for s in played.steps}
 
 
 def test_figure_5_labels_by_five_equal_votes_and_by_the_majority(server, settings):
@@ -244,24 +249,25 @@ def test_figure_5_labels_by_five_equal_votes_and_by_the_majority(server, setting
 
     server.answer = answer
     voting = dataclasses.replace(settings, concurrency=1, votes=5, agreement="unanimous", questions=8)
-    steps, games, labels = behaviour._judged([episode(3)], Config(judge=voting))
+    steps, games, labels = behaviour.teacher_verdicts([episode(3)], config_of(voting))
     by = {suffix: dict(zip((s.response for s in steps), one.tolist(), strict=True)) for suffix, one in labels.items()}
     assert by[""] == {"reply 0": 1, "reply 1": -1, "reply 2": 0}
     assert by[" by majority"] == {"reply 0": 1, "reply 1": 1, "reply 2": 0}
     assert said == {"0": 5, "1": 5, "2": 5} and games.tolist() == [0, 0, 0]
 
 
-def test_rules_by_the_teacher_fall_back_on_the_medoid(server, settings):
-    config = Config(judge=settings)
+def test_guidelines_by_the_teacher_fall_back_on_the_medoid(server, settings):
+    config = config_of(settings)
     advice = ["Explore places.", "Avoid repeating actions."]
-    write = judge.pick_writer(None, Teacher(settings), config, 0)
+    medoids = judge.distil_guidelines(advice, config.guidelines, "alfworld")
     server.answer = lambda question, number: "<think>t</think><rule>Look <b>first</b>, <|im_end|> always.</rule>"
-    rules = judge.golden_rules(advice, config.guidelines, write)
-    assert rules and set(rules) == {prompts.plain("Look <b>first</b>, <|im_end|> always.")}
+    write = judge.guideline_writer(None, Teacher(settings), config, 0)
+    guidelines = judge.distil_guidelines(advice, config.guidelines, "alfworld", write)
+    assert guidelines and set(guidelines) == {prompts.plain("Look <b>first</b>, <|im_end|> always.")}
     assert "ADVICE LIST:\n- " in server.requests[0][1]["messages"][0]["content"]
     server.answer = lambda question, number: "I would rather not."
-    other = judge.pick_writer(None, Teacher(dataclasses.replace(settings, model="n")), config, 0)
-    assert judge.golden_rules(advice, config.guidelines, other) == judge.golden_rules(advice, config.guidelines)
+    write = judge.guideline_writer(None, Teacher(dataclasses.replace(settings, model="n")), config, 0)
+    assert judge.distil_guidelines(advice, config.guidelines, "alfworld", write) == medoids
 
 
 def test_a_key_is_needed_at_start(settings, small_games, monkeypatch):
@@ -277,32 +283,34 @@ def test_a_key_is_needed_at_start(settings, small_games, monkeypatch):
 
 
 def test_a_run_whose_teacher_dies_goes_on_with_the_rules(server, small_games, tmp_path):
-    """Labels and golden rules by the teacher; then, resumed, it is down, and what it has cost is not forgotten."""
+    """Labels and guidelines by the teacher; then, resumed, it is down, and what it has cost is not forgotten."""
     server.answer = lambda question, number: "<rule>Look first.</rule>" if "ADVICE LIST" in question else GOOD
     endpoint = ["teacher=openai", f"base_url={server.url}", "key_env=TEST_KEY", "retries=0", "teacher_steps=6"]
     settings = [f"judge.{one}" for one in (*endpoint, f"cache={tmp_path / 'cache'}")]
     settings += ["guidelines.writer=teacher", "train.eval_every=0"]
     command = ["train_rl.py", tiny.rl_yaml(small_games, tmp_path), "--set", *settings]
     printed = tiny.run(*command, "train.iterations=1", cwd=tmp_path)
-    state = torch.load(tmp_path / "runs/tiny_rl/checkpoints/latest/trainer/state.pt", weights_only=True)["progress"]
-    assert state["rules"] and set(state["rules"]) == {"Look first."}
-    assert state["teacher"]["requests"] == len(server.requests) == 6 + len(state["rules"])
+    state = torch.load(tmp_path / "runs/tiny_rl/checkpoints/latest/trainer/state.pt", weights_only=True)
+    assert state["guidelines"] and set(state["guidelines"]) == {"Look first."}
+    assert state["teacher_spent"]["requests"] == len(server.requests) == 6 + len(state["guidelines"])
     server.faults = [500] * 1000
     printed += tiny.run(*command, "train.iterations=2", cwd=tmp_path)
     up, down = [json.loads(line) for line in (tmp_path / "runs/tiny_rl/metrics.jsonl").read_text().splitlines()]
     assert up["judge/label_good_teacher"] == up["judge/teacher_asked"] == up["judge/teacher_requests"] == 6
     assert down["judge/label_good_teacher"] == 0 and down["judge/teacher_failed"] >= PATIENCE
     assert down["judge/teacher_no_verdict"] == 6
-    later = torch.load(tmp_path / "runs/tiny_rl/checkpoints/latest/trainer/state.pt", weights_only=True)["progress"]
-    assert later["teacher"]["requests"] == len(server.requests)
-    assert later["teacher"]["tokens"] == state["teacher"]["tokens"] == 100 * state["teacher"]["requests"]
-    assert later["rules"]  # from the cache, or the medoid of the advice
+    later = torch.load(tmp_path / "runs/tiny_rl/checkpoints/latest/trainer/state.pt", weights_only=True)
+    assert later["teacher_spent"]["requests"] == len(server.requests)
+    assert (
+        later["teacher_spent"]["tokens"] == state["teacher_spent"]["tokens"] == 100 * state["teacher_spent"]["requests"]
+    )
+    assert later["guidelines"]  # from the cache, or the medoid of the advice
     nothing_holds_the_key(tmp_path, printed)
 
 
 def cold_start(settings: JudgeConfig, games: Path, **fields) -> Config:
     config = tiny.sft_config(games)
-    sft = dataclasses.replace(config.sft, writer="teacher", episodes=12, critic_examples=4, noise=0.2, **fields)
+    sft = dataclasses.replace(config.sft, writer="teacher", episodes=12, judge_examples=4, noise=0.2, **fields)
     return dataclasses.replace(config, judge=settings, sft=sft)
 
 
@@ -327,9 +335,9 @@ def test_the_cold_start_in_the_teachers_words(server, settings, small_games):
 
     server.answer = answer
     config = cold_start(dataclasses.replace(settings, concurrency=1), small_games, variant="generative")
-    rows = [[message["content"] for message in row["messages"]] for row in train_sft.make_rows(config)]
+    rows = [[message["content"] for message in row["messages"]] for row in sft_data.make_rows(config)]
     template = dataclasses.replace(config, sft=dataclasses.replace(config.sft, writer="template"))
-    plain = [[message["content"] for message in row["messages"]] for row in train_sft.make_rows(template)]
+    plain = [[message["content"] for message in row["messages"]] for row in sft_data.make_rows(template)]
     assert len(rows) == len(plain) and [q for q, _ in rows[:-4]] == [q for q, _ in plain[:-4]]
     for (_, ours), (_, theirs) in zip(rows[:-4], plain[:-4], strict=True):
         assert prompts.parse_reply(ours).valid
@@ -341,7 +349,7 @@ def test_the_cold_start_in_the_teachers_words(server, settings, small_games):
     assert critiques == [0, 0, 1, 1]  # the teacher calls all good: the flawed ones keep the template's
     assert ["judged" in answer for _, answer in rows[-4:]] == [False, False, True, True]
     asked = len(server.requests)
-    assert [[m["content"] for m in row["messages"]] for row in train_sft.make_rows(config)] == rows
+    assert [[m["content"] for m in row["messages"]] for row in sft_data.make_rows(config)] == rows
     assert len(server.requests) == asked  # all from the cache
 
 
