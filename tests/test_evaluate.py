@@ -10,9 +10,11 @@ import tiny
 import envs
 import evaluate
 from config import ConfigError
+from engine import make_engine
+from environments import alfworld
 from evaluate import evaluate_levels, rate, summarise, summary_line, table
-from model import load_actor
-from rollout import Episode, Step, make_engine
+from model import load_model
+from rollout import Episode, Step
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def config(small_games):
 @pytest.fixture(scope="module")
 def engine(config):
     tiny.join()
-    return make_engine(config, load_actor(config))
+    return make_engine(config, load_model(config))
 
 
 def test_levels_are_played_whole_and_repeatably(engine, config):
@@ -175,11 +177,11 @@ def test_more_games_than_there_are_is_an_error(engine, config):
 
 
 def test_lost_episodes_are_not_swept_under_the_rug(engine, config, monkeypatch):
-    class Dead(envs.NativeAlfworld):
+    class Dead(alfworld.Alfworld):
         def step(self, action):
             raise ConnectionError("dead")
 
-    monkeypatch.setattr(envs, "make_env", Dead)
+    monkeypatch.setattr(alfworld, "make", Dead)
     with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="L0: 8 of 8 episodes were lost"):
         evaluate_levels(engine, config, [])
 

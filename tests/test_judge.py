@@ -445,7 +445,7 @@ def test_the_policy_writes_where_there_is_no_endpoint() -> None:
     write = judge.guideline_writer(engine, None, config, 3)
     advice = ["search drawers", "repeat jumps"]
     assert distil_guidelines(advice, GuidelinesConfig(themes=THEMES), "alfworld", write) == ["Search on."] * 2
-    requests = [prompts.build_guideline_prompt("alfworld", *one) for one in zip(THEMES, ([a] for a in advice))]
+    requests = [prompts.build_guideline_prompt("alfworld", THEMES[n], [advice[n]]) for n in (0, 1)]
     assert engine.asked == [request[-100:] for request in requests]  # the limit cuts a request at its beginning
     assert len({params.seed for params in engine.params}) == 2
     medoid = dataclasses.replace(config, guidelines=GuidelinesConfig(writer="medoid"))
