@@ -270,7 +270,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """The run's folder."""
+        """Return the run's folder."""
         return Path("runs") / self.name
 
 
@@ -528,7 +528,7 @@ def _build(cls: type, tree: Any, where: str) -> Any:
 
 
 def _parse(hint: Any, value: Any, name: str) -> Any:
-    """`value`, which is text or a list of texts, as the type `hint`."""
+    """Read `value`, which is text or a list of texts, as the type `hint`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # only `T | None` is used
         return None if value in ("null", "~", "") else _parse(args[0], value, name)

@@ -160,7 +160,7 @@ def summarise(episodes: Sequence[Episode]) -> dict:
 
 
 def rate(episodes: Sequence[Episode]) -> dict:
-    """{"success", "n", "games", "low", "high"}: the share won and its 95 % Wilson interval at the effective n.
+    """Compute {"success", "n", "games", "low", "high"}: the share won, its 95 % Wilson interval at the effective n.
 
     That is n divided by the design effect (Kish 1965): the variance of the share with games as clusters over that with
     all plays independent, at least 1. Where nothing tells it, all or none being won, every game counts once.
@@ -180,14 +180,14 @@ def rate(episodes: Sequence[Episode]) -> dict:
 
 
 def _wilson(share: float, n: float) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share of `n` trials, which need not be a whole number."""
+    """Compute the 95 % Wilson interval of a share of `n` trials, which need not be a whole number."""
     z = NormalDist().inv_cdf(0.975)
     middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return max(0.0, (middle - half) / (1 + z**2 / n)), min(1.0, (middle + half) / (1 + z**2 / n))
 
 
 def table(records: dict[str, dict], by_type: bool = False) -> str:
-    """Runs as rows, levels as columns: success in percent, its 95 % interval and n."""
+    """Lay out runs as rows, levels as columns: success in percent, its 95 % interval and n."""
     levels = sorted({level for record in records.values() for level in record["levels"]})
     width = max(len(name) for name in records) + 2
     lines = [" " * width + "".join(f"{level:<28}" for level in levels)]
@@ -213,7 +213,7 @@ def table(records: dict[str, dict], by_type: bool = False) -> str:
 
 
 def summary_line(result: dict) -> str:
-    """Example: "61.3 [57.4, 65.1] n=600"; with an asterisk if its task types were trained on."""
+    """Say the success of a level: "61.3 [57.4, 65.1] n=600"; with an asterisk if its task types were trained on."""
     mark = "*" * bool(result.get("trained_on"))
     interval = f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
     return f"{100 * result['success']:.1f}{mark} {interval} n={result['n']}"

@@ -50,7 +50,7 @@ class SampleBatch:
 
 
 def scores(reward_N: Tensor, trajectory_N: Tensor, invalid_N: Tensor, penalty: float) -> Tensor:
-    """Sum up the undiscounted return of each sample's episode, minus `penalty` where its own reply was invalid.
+    """Add up the undiscounted return of each sample's episode, minus `penalty` where its own reply was invalid.
 
     All [N]; returns float32 [N] in units of reward. Raises ValueError where lengths differ. Source: GiGPO's code.
 

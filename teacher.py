@@ -27,7 +27,7 @@ PATIENCE = 4  # requests that fail in a row before the teacher counts as down
 
 
 def check_key(config: JudgeConfig) -> None:
-    """The key's environment variable must be set. Raises ConfigError."""
+    """Check that the key's environment variable is set. Raises ConfigError."""
     if config.key_env and not os.environ.get(config.key_env):
         raise ConfigError(
             f"judge.teacher=openai needs the endpoint's key in ${config.key_env}, or judge.key_env= for none"
@@ -57,7 +57,7 @@ class Teacher:
         )
 
     def ask(self, questions: Sequence[str], votes: int = 1) -> list[list[str]]:
-        """The answers to each question, up to `votes` of them. Never raises for what the endpoint does."""
+        """Ask for the answers to each question, up to `votes` of them. Never raises for what the endpoint does."""
         self.failed_in_a_row = 0
         jobs = [(question, vote) for question in questions for vote in range(votes)]
         with ThreadPoolExecutor(max_workers=self.config.concurrency) as threads:
@@ -100,7 +100,7 @@ class Teacher:
         return answer
 
     def _request(self, question: str) -> str:
-        """One answer. Raises whatever goes wrong, a reply that is cut off included."""
+        """Request one answer. Raises whatever goes wrong, a reply that is cut off included."""
         completion = self.client.chat.completions.create(
             model=self.config.model,
             messages=[{"role": "user", "content": question}],

@@ -63,7 +63,7 @@ from model import (
     use_fsdp,
 )
 from packing import Sample, micro_batches
-from rollout import Episode, collect
+from rollout import Episode, Rollout, collect
 from samples import (
     action_samples,
     has_gradient,
@@ -93,8 +93,8 @@ def main() -> None:
 def train(config: Config) -> None:
     """Run the loop until train.iterations are done, or until the machine is taken away."""
     rank, world = init_distributed(config)
-    tasks = preflight(config, world)
-    state = checkpoint.resume(config)
+    tasks = preflight(config, world)  # what is wrong with a config ends the run here, in seconds
+    state = checkpoint.resume(config)  # an earlier process's, or the start
     policy, optimizer = load_policy(config, state)
     reference = load_reference(config, policy)  # None without a KL term
     ppo = baselines.PPO(config, policy, state) if config.algo.advantage == "ppo" else None
@@ -102,6 +102,7 @@ def train(config: Config) -> None:
     critic = ppo.critic if ppo else None
     checkpoint.check_disk(config, [policy, critic] if critic else [policy])
     engine, teacher = make_engine(config, policy), judge.make_api_teacher(config, world, state.teacher_spent)
+    # as many environments as this engine's share has episodes: more would idle
     episodes_at_once = config.rollout.groups // engine.num_replicas * config.rollout.group_size
     env_pool = envs.make_pool(config.env, min(config.rollout.concurrency, episodes_at_once))
     logger, preemption, saved_at = Logger(config, state), PreemptionSignal(), state.iteration
@@ -116,7 +117,8 @@ def train(config: Config) -> None:
         if preemption.any_rank():  # SIGTERM: what is under way would not be done in time; the checkpoint is
             break
 
-        # 2. Judge (GCD): the policy is asked whether some of its steps were good
+        # 2. Judge (GCD): the policy is asked whether some of its steps were good. Each engine labels and asks its share,
+        #    drawn from its own episodes
         questions: list[judge.Question] = []
         if config.judge.enabled:
             with timer("judge"):
@@ -131,9 +133,8 @@ def train(config: Config) -> None:
         samples = action_samples(rollout.episodes, config) + judge.critique_samples(questions, config)
         set_advantages(samples, rollout.episodes, config)
 
-        # 4. Score before the update: the last place where an advantage may change. The engine's memory is the trainer's
-        #    from here on
-        engine.sleep()
+        # 4. Score before the update: the last place where an advantage may change
+        engine.sleep()  # on CUDA its memory is the trainer's until phase 6
         with timer("score"):
             if config.algo.nthr:
                 baselines.nthr_reweight(policy, [one for one in samples if not one.is_critique], config)
@@ -143,19 +144,14 @@ def train(config: Config) -> None:
             set_importance_weights(samples, config)
         with timer("coupling"):
             coupling = measure_coupling(policy, rollout.episodes, samples, config, iteration)
-        # From here on every rank has every sample. One exchange, so that samples still share their steps with the
-        # episodes: what is recorded of an advantage is what was trained on
-        shares = all_gather_objects([(samples, questions, rollout)])
-        samples, questions = ([one for share in shares for one in share[kind]] for kind in (0, 1))
-        episodes = [one for _, _, rollout in shares for one in rollout.episodes + rollout.filtered]
-        counters = sum_dicts([rollout.counters for _, _, rollout in shares])
+        samples, questions, episodes, counters = gather(samples, questions, rollout)  # now every rank has every sample
         if ppo:
-            ppo.set_advantages(samples)  # whitened over all ranks
+            ppo.set_advantages(samples)  # whitened over all of them
         record_advantages(samples)
         metrics = rollout_metrics(episodes, counters) | coupling | sample_metrics(samples, config)
         metrics |= judge.judge_metrics(questions) if config.judge.enabled else {}
 
-        # 5. Update on L = L_GRPO + judge.weight * L_GCD
+        # 5. Update on L = L_GRPO + judge.weight * L_GCD: actions and critiques share every optimizer step
         with timer("update"):
             batches, factor = mini_batches(samples, config, iteration, world), lr_factor(config, iteration)
             if ppo:
@@ -298,6 +294,20 @@ def measure_coupling(
     return observe(policy, episodes, samples, config, iteration)
 
 
+def gather(
+    samples: list[Sample], questions: list[judge.Question], rollout: Rollout
+) -> tuple[list[Sample], list[judge.Question], list[Episode], dict[str, float]]:
+    """Put together what the ranks have, on every rank: samples, questions, all episodes, counters.
+
+    One exchange, so that samples still share their steps with the episodes: what is recorded of an advantage is what
+    was trained on.
+    """
+    shares = all_gather_objects([(samples, questions, rollout)])
+    samples, questions = ([one for share in shares for one in share[kind]] for kind in (0, 1))
+    episodes = [one for _, _, rollout in shares for one in rollout.episodes + rollout.filtered]
+    return samples, questions, episodes, sum_dicts([rollout.counters for _, _, rollout in shares])
+
+
 def lr_factor(config: Config, iteration: int) -> float:
     """Compute the learning rate's factor: linear warm-up, then constant, or falling by 1/iterations each time."""
     warm = min(1.0, (iteration + 1) / config.train.warmup) if config.train.warmup else 1.0
@@ -392,7 +402,7 @@ def micro_batch_loss(
 
     loss, sums = logp_T.new_zeros(()), {}
     for is_critique, name, weight, longest in (
-        (False, "loss_actor", 1.0, config.rollout.max_response_tokens),  # L_GRPO, on actions
+        (False, "loss_policy", 1.0, config.rollout.max_response_tokens),  # L_GRPO, on actions
         (True, "loss_judge", config.judge.weight, config.judge.max_response_tokens),  # L_GCD, on critiques
     ):
         # a weight of 0 takes a token out of the loss and of its denominators alike
@@ -424,7 +434,7 @@ def update_metrics(own: dict[str, float], gap_T: np.ndarray, steps: int) -> dict
     response_tokens, loss_tokens = (max(1.0, sums.get(name, 0.0)) for name in ("response_tokens", "loss_tokens"))
     skipped = round(sums.get("skipped", 0))
     return {
-        "train/loss_actor": sums.get("loss_actor", 0.0) / steps,
+        "train/loss_policy": sums.get("loss_policy", 0.0) / steps,
         "train/loss_judge": sums.get("loss_judge", 0.0) / steps,
         "train/kl": sums.get("kl", 0.0) / loss_tokens,
         "train/entropy": sums.get("entropy", 0.0) / response_tokens,

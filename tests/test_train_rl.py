@@ -146,7 +146,7 @@ def test_update_is_the_same_for_any_micro_batch(initial, samples, config, how, k
         small = changed(config, f"train.tokens_per_micro_batch={budget}")
         parts, again = after(initial, samples, small, reference=reference)
         assert tiny.distance(parts, whole) < 1e-6
-        for key in ("loss_actor", "loss_judge", "kl", "grad_norm", "entropy", "ratio"):
+        for key in ("loss_policy", "loss_judge", "kl", "grad_norm", "entropy", "ratio"):
             assert again[f"train/{key}"] == pytest.approx(metrics[f"train/{key}"], rel=1e-4, abs=1e-5), key
     assert (metrics["train/kl"] > 0.01) == (kl > 0)
 
@@ -205,7 +205,7 @@ def test_update_equals_a_padded_reference(initial, samples, config, packed, meth
 
     start = copy.deepcopy(policy.model.state_dict())
     metrics = update_once(policy, ready, changed(config, "train.tokens_per_micro_batch=500"), lr=1.0)
-    assert metrics["train/loss_actor"] == pytest.approx(total[False].item(), rel=1e-4)
+    assert metrics["train/loss_policy"] == pytest.approx(total[False].item(), rel=1e-4)
     assert metrics["train/loss_judge"] == pytest.approx(total[True].item(), rel=1e-4)
     for name, parameter in model.named_parameters():
         step = start[name] - policy.model.state_dict()[name]
@@ -261,7 +261,7 @@ def test_leaving_out_rows_without_advantage_changes_nothing(initial, samples, co
     full, slow = after(initial, samples, config, 5e-4, momentum)
     assert tiny.distance(short, full) < 2e-6 < 1e-5 < tiny.distance(full, initial.model.state_dict())
     assert fast["train/tokens"] < 0.9 * slow["train/tokens"] == 0.9 * sum(sample.num_tokens for sample in samples)
-    for key in ("train/loss_actor", "train/loss_judge", "train/grad_norm"):
+    for key in ("train/loss_policy", "train/loss_judge", "train/grad_norm"):
         assert fast[key] == pytest.approx(slow[key], rel=1e-5, abs=1e-5), key
 
 
