@@ -130,9 +130,9 @@ class PPO:
     """PPO's value model ("critic") beside the policy, with an optimizer of its own."""
 
     def __init__(self, config: Config, policy: LanguageModel, state: TrainState) -> None:
-        kept = Path(state.folder) / "trainer" / "critic"
+        saved_critic = Path(state.folder) / "trainer" / "critic"
         self.config = config
-        self.critic = load_critic(config, policy, str(kept) if kept.is_dir() else state.folder)
+        self.critic = load_critic(config, policy, str(saved_critic) if saved_critic.is_dir() else state.folder)
         make = functools.partial(adamw, kind=config.train.optimizer)
         self.optimizer = Optimizer(self.critic.model, config.train.weight_decay, make)
         if saved := state.optimizer_states.pop("critic", None):
@@ -202,16 +202,16 @@ class PPO:
                 norm / world if math.isfinite(norm) else 1 / world
             )
         self.critic.model.eval()
-        sums = sum_dicts(all_gather_objects([sums]))
+        sums = defaultdict(float, sum_dicts(all_gather_objects([sums])))
         trained = [sample for sample in samples if sample.returns is not None]
         value_T, return_T = (
             np.concatenate([getattr(sample, key) for sample in trained]) for key in ("values", "returns")
         )
         return {
             "critic/loss": sums["loss"] / len(batches),
-            "critic/clip_fraction": sums["clipped"] / sums["tokens"],
-            "critic/grad_norm": sums["grad_norm"] / max(1, len(batches) - round(sums.get("skipped", 0))),
-            "critic/skipped_steps": round(sums.get("skipped", 0)),
+            "critic/clip_fraction": sums["clipped"] / max(1, sums["tokens"]),
+            "critic/grad_norm": sums["grad_norm"] / max(1, len(batches) - round(sums["skipped"])),
+            "critic/skipped_steps": round(sums["skipped"]),
             "critic/value": float(value_T.mean()),
             "critic/explained_variance": float(1 - np.var(return_T - value_T) / max(np.var(return_T), 1e-12)),
         }

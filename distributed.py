@@ -235,8 +235,8 @@ class Optimizer:
     def step(self, lr: float, max_grad_norm: float, save_samples: Callable[[], Path] | None = None) -> float:
         """Make one step on the sum of the ranks' gradients; return their norm before clipping.
 
-        Where the norm is not finite the weights stay as they are, on every rank. Raises RuntimeError after
-        MAX_BAD_STEPS of these in a row; `save_samples` says where what the last one was made of can be looked at.
+        Where the norm is not finite the weights stay as they are, on every rank. Raises RuntimeError when more than
+        MAX_BAD_STEPS of these come in a row; `save_samples` writes what the last one was made of, and says where.
         """
         for group in self.inner.param_groups:
             group["lr"] = lr

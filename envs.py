@@ -158,7 +158,8 @@ def check_teacher(env_cfg: EnvConfig) -> None:
     """Check that the environment has a teacher. Raises ConfigError."""
     if not hasattr(load(env_cfg.name), "make_teacher"):
         raise ConfigError(
-            f"the environment {env_cfg.name} has no make_teacher(env_cfg, task): set judge.teacher=none or openai"
+            f"the environment {env_cfg.name} has no make_teacher(env_cfg, task), which labels actions: set "
+            "judge.teacher=none or openai, for a cold start sft.variant=vanilla"
         )
 
 

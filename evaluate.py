@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt runs/quickstart/checkpoints/latest
     python evaluate.py --ckpt Qwen/Qwen2.5-1.5B-Instruct --config configs/qwen1.5b_gcd.yaml     # the Vanilla row
-    torchrun --nproc_per_node=8 evaluate.py --ckpt runs/qwen7b_gcd/checkpoints/latest
+    torchrun --nproc_per_node=8 evaluate.py --ckpt runs/qwen7b_gcd_alfworld_L0/checkpoints/latest
     python evaluate.py --table runs/quickstart_base runs/quickstart_sft runs/quickstart          # one table of several
 
 Every game of a level's fixed list is played once per sampling seed; the rate comes with n and a 95 % interval, which is
@@ -67,7 +67,7 @@ def main() -> None:
     rank, _ = init_distributed(config)
     envs.check(config.env)
     for level in config.eval.levels:
-        envs.tasks(config.env, level, "eval")  # missing data fail before the model is loaded
+        evaluation_tasks(config, level)  # what is missing fails before the model is loaded
     policy = load_model(config, path=arguments.ckpt, train=False)
     guidelines_file = Path(arguments.ckpt) / "guidelines.json"
     guidelines = json.loads(guidelines_file.read_text()) if guidelines_file.is_file() else []
@@ -95,6 +95,15 @@ def main() -> None:
     engine.close()
 
 
+def evaluation_tasks(config: Config, level: str) -> list[envs.Task]:
+    """List the tasks that a level is evaluated on: its fixed list, or eval.games of it. Raises ConfigError."""
+    tasks = envs.tasks(config.env, level, "eval")
+    if config.eval.games > len(tasks):
+        raise ConfigError(f"eval.games={config.eval.games}, but {level} has only {len(tasks)} games")
+    # the list is sorted by type, so a part of it is drawn, always the same
+    return random.Random(0).sample(tasks, config.eval.games) if config.eval.games else tasks
+
+
 def evaluate_levels(
     engine: Engine, config: Config, guidelines: Sequence[str], env_pool: Sequence[envs.Environment] = ()
 ) -> tuple[dict[str, dict], list[Episode]]:
@@ -104,19 +113,14 @@ def evaluate_levels(
     """
     results, everything = {}, []
     for level in config.eval.levels:
-        tasks = envs.tasks(config.env, level, "eval")
-        if config.eval.games > len(tasks):
-            raise ConfigError(f"eval.games={config.eval.games}, but {level} has only {len(tasks)} games")
-        if config.eval.games:  # the list is sorted by type, so a part of it is drawn, always the same
-            tasks = random.Random(0).sample(tasks, config.eval.games)
-        first, last = (len(tasks) * n // engine.num_replicas for n in (engine.replica, engine.replica + 1))
-        own = {number: tasks[number] for number in range(first, last)} if engine.is_leader else {}
-        in_flight = min(config.rollout.concurrency, max(1, len(own) * config.eval.seeds))
+        tasks = evaluation_tasks(config, level)
+        group_tasks = {number: tasks[number] for number in engine.share(len(tasks))}
+        in_flight = min(config.rollout.concurrency, max(1, len(group_tasks) * config.eval.seeds))
         env_pool = env_pool or envs.make_pool(config.env, in_flight)
         episodes = play(
             engine,
             env_pool,
-            own,
+            group_tasks,
             config,
             iteration=EVALUATION,
             members=config.eval.seeds,

@@ -43,6 +43,7 @@ OOM_HINTS = {  # by phase: what to lower where a GPU's memory does not suffice
     "coupling": "train.coupling_samples",
     "update": "train.tokens_per_micro_batch (or set model.gradient_checkpointing=true, train.optimizer=adamw8bit)",
     "sync": "rollout.gpu_memory_utilization",
+    "guidelines": "rollout.gpu_memory_utilization",
     "evaluate": "rollout.gpu_memory_utilization",
 }
 
@@ -82,7 +83,7 @@ class PhaseTimer:
 
 
 def rollout_metrics(episodes: Sequence[Episode], counters: dict[str, float]) -> dict[str, float]:
-    """Measure what the collected episodes show; `counters` are collect()'s and judge.label_episodes()'s, summed.
+    """Measure what the collected episodes show; `counters` are collect()'s and judge.label_steps()'s, summed.
 
     Raises RuntimeError if not one episode was left.
     """
@@ -104,7 +105,7 @@ def rollout_metrics(episodes: Sequence[Episode], counters: dict[str, float]) -> 
         "rollout/prompt_tokens": float(np.mean([len(step.prompt_ids) for step in steps])),
         "rollout/response_tokens": float(np.mean([len(step.response_ids) for step in steps])),
         "rollout/truncated": float(np.mean([step.truncated for step in steps])),
-        "rollout/zero_variance_groups": counters.get("zero_variance_groups", 0),
+        "rollout/filtered_groups": counters.get("filtered_groups", 0),
         "rollout/restarted": counters.get("restarted", 0),
         "rollout/discarded": counters.get("discarded", 0),
         **{f"judge/{key}": value for key, value in counters.items() if key.startswith(("label", "teacher"))},
@@ -248,7 +249,7 @@ class Logger:
             self.wandb.log(metrics, step=iteration)
         if iteration % self.config.train.episodes_every == 0:
             with (self.folder / "episodes" / f"{iteration:06d}.jsonl").open("w") as file:
-                for number, episode in enumerate(episodes):
+                for number, episode in enumerate(episodes):  # two with their tokens, to see what was trained on
                     file.write(json.dumps(episode.to_json(tokens=number < 2)) + "\n")
                 last = {"questions": [question.to_json() for question in questions], "guidelines": list(guidelines)}
                 file.write(json.dumps(last) + "\n")

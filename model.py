@@ -397,20 +397,6 @@ def logit_gradients(
     return grad_TC
 
 
-@torch.no_grad()
-def log_partition(
-    model: LanguageModel, hidden_TH: torch.Tensor, temperature: float, parts: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """Compute the log of the softmax's denominator, float32 [T], from `parts` of the vocabulary, one at a time."""
-
-    def logits(token_C: torch.Tensor) -> torch.Tensor:
-        with model.autocast():
-            weight_CH = model.inner.get_output_embeddings().weight[token_C]
-            return torch.nn.functional.linear(hidden_TH, weight_CH).float() / temperature
-
-    return torch.stack([logits(token_C).logsumexp(-1) for token_C in parts]).logsumexp(0)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights for the engine
 

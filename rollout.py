@@ -1,8 +1,8 @@
 """Rollouts: what is recorded of an episode, and the collector that plays many of them at once.
 
 Collection is continuous: an episode's next request is queued the moment its environment has answered, and a finished
-episode's place is taken by the next, so the engine's batch stays full.  The sampling seed of a reply depends on (run
-seed, iteration, group, member, step) alone, so episodes do not depend on timing, nor on the number of ranks.  An
+episode's environment is taken by the next, so the engine's batch stays full.  The sampling seed of a reply depends on
+(run seed, iteration, group, member, step) alone, so episodes do not depend on timing, nor on the number of ranks.  An
 environment that raises is restarted and its episode replayed from the start with the same seeds; after a second failure
 the episode is discarded and counted, never scored 0.
 
@@ -84,7 +84,7 @@ class Rollout:
 
     episodes: list[Episode]  # to train on, by whole groups
     filtered: list[Episode]  # of groups without variance, for which others were played
-    counters: Counter[str]  # episodes "restarted" and "discarded", "zero_variance_groups"
+    counters: Counter[str]  # episodes "restarted" and "discarded", "filtered_groups"; the judge adds its labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def collect(
     """Play this engine's share of the iteration's groups; the groups are the same for every number of engines.
 
     A group whose returns are all the same has no advantage to learn from: with rollout.dynamic_sampling it gives way to
-    a group of another task, under another id, so many times at most.
+    a group of another task, at most so many times.
     """
     counters: Counter[str] = Counter()
 
@@ -120,29 +120,27 @@ def collect(
             title="collect",
         )
 
-    share = len(group_tasks) // engine.num_replicas
-    own = range(engine.replica * share, (engine.replica + 1) * share) if engine.is_leader else range(0)
-    kept = play_groups({group: group_tasks[group] for group in own})
+    episodes = play_groups({group: group_tasks[group] for group in engine.share(len(group_tasks))})
     filtered: list[Episode] = []
     for attempt in range(1, config.rollout.dynamic_sampling + 1):
         returns = defaultdict(set)
-        for episode in kept:
+        for episode in episodes:
             returns[episode.group].add(sum(step.reward for step in episode.steps))
         zero_variance_groups = [group for group, values in returns.items() if len(values) == 1]
         if not engine.agree(bool(zero_variance_groups)):
             break
         drawn = set(group_tasks.values())
         others = [task for task in train_tasks if task not in drawn] or train_tasks
-        replacements = {}
+        replacements = {}  # under ids of their own, which no other attempt and no other rank has
         for group in zero_variance_groups:
             slot = group % config.rollout.groups
             rng = random.Random(f"redraw {config.seed} {state.iteration} {slot} {attempt}")
             replacements[slot + attempt * config.rollout.groups] = rng.choice(others)
-        filtered += [episode for episode in kept if episode.group in zero_variance_groups]
-        kept = [episode for episode in kept if episode.group not in zero_variance_groups]
-        kept += play_groups(replacements)
-        counters["zero_variance_groups"] += len(zero_variance_groups)
-    return Rollout(kept, filtered, counters)
+        filtered += [episode for episode in episodes if episode.group in zero_variance_groups]
+        episodes = [episode for episode in episodes if episode.group not in zero_variance_groups]
+        episodes += play_groups(replacements)
+        counters["filtered_groups"] += len(zero_variance_groups)
+    return Rollout(episodes, filtered, counters)
 
 
 def play(
@@ -202,7 +200,8 @@ def _episode_bar(total: int, title: str) -> Iterator[Callable[[Episode], None]]:
             won, tokens = won + episode.won, tokens + sum(len(step.response_ids) for step in episode.steps)
             bar.update()
             rate = tokens / (time.monotonic() - began)
-            bar.set_postfix_str(f"success {won / bar.n:.2f}, {rate:,.0f} tokens/s" if bar.n else "", refresh=False)
+            if bar.n:  # a bar that is not shown does not count
+                bar.set_postfix_str(f"success {won / bar.n:.2f}, {rate:,.0f} tokens/s", refresh=False)
 
         yield on_episode
 
@@ -325,7 +324,7 @@ class _Collector:
             while waiting and self.idle:
                 runner = EpisodeRunner(waiting.popleft(), self.idle.popleft())
                 self.step_env(runner, runner.env.reset, runner.episode.task)
-            while answered := [future for future in self.acting if future.done()]:
+            while answered := [future for future in self.acting if future.done()]:  # a retry may answer at once
                 for future in answered:
                     self.on_env_result(future, self.acting.pop(future))
             if self.generating:
@@ -361,12 +360,12 @@ class _Collector:
 
     def retry(self, runner: EpisodeRunner, error: BaseException) -> None:
         """Replay an episode whose environment failed, with the same seeds; after a second failure discard it."""
-        again = runner.attempt == 0
-        self.counters["restarted" if again else "discarded"] += 1
+        first_failure = runner.attempt == 0
+        self.counters["restarted" if first_failure else "discarded"] += 1
         task = runner.episode.task
         warnings.warn(f"{task.id}: environment failed ({type(error).__name__}: {error})", stacklevel=2)
         runner.env.restart()
-        if again:
+        if first_failure:
             runner.episode.steps.clear()
             runner.attempt, runner.completion = 1, None
             self.step_env(runner, runner.env.reset, task)
@@ -376,6 +375,7 @@ class _Collector:
     def request(self, runner: EpisodeRunner) -> None:
         """Queue the model's next reply."""
         runner.build_prompt(self.engine.policy, self.config, self.guidelines)
+        # with the attempt: a request of an episode that is replayed must not be taken for its first one
         name = f"{runner.episode.group}-{runner.episode.member}-{len(runner.episode.steps)}-{runner.attempt}"
         self.generating[name] = runner
         params = runner.sampling_params(self.config, self.iteration, self.temperature)

@@ -24,7 +24,9 @@ from packing import Sample
 from rollout import Episode, Step
 
 
-def make_sample(step: Step, is_critique: bool = False, **fields: object) -> Sample:
+def make_sample(
+    step: Step, is_critique: bool = False, won: bool = False, group: int = -1, trajectory: int = -1
+) -> Sample:
     """Make the sample of an action or a critique, from the tokens and log-probs recorded when it was sampled."""
     return Sample(
         np.array(step.prompt_ids, dtype=np.int32),
@@ -33,7 +35,9 @@ def make_sample(step: Step, is_critique: bool = False, **fields: object) -> Samp
         is_critique=is_critique,
         truncated=step.truncated,
         step=step,
-        **fields,
+        won=won,
+        group=group,
+        trajectory=trajectory,
     )
 
 

@@ -50,7 +50,7 @@ from distributed import (
     sum_dicts,
 )
 from engine import check_weight_sync, make_engine, sync_weights
-from evaluate import evaluate_levels
+from evaluate import evaluate_levels, evaluation_tasks
 from logger import Logger, PhaseTimer, rollout_metrics, sample_metrics, save_bad_samples
 from model import (
     LanguageModel,
@@ -101,10 +101,11 @@ def train(config: Config) -> None:
     optimizers = {"policy": optimizer} | ({"critic": ppo.optimizer} if ppo else {})
     critic = ppo.critic if ppo else None
     checkpoint.check_disk(config, [policy, critic] if critic else [policy])
-    engine, teacher = make_engine(config, policy), judge.make_api_teacher(config, world, state.teacher_spent)
+    engine = make_engine(config, policy)
+    teacher = judge.make_api_teacher(config, engine.num_replicas, state.teacher_spent)
     # as many environments as this engine's share has episodes: more would idle
-    episodes_at_once = config.rollout.groups // engine.num_replicas * config.rollout.group_size
-    env_pool = envs.make_pool(config.env, min(config.rollout.concurrency, episodes_at_once))
+    episodes = len(engine.share(config.rollout.groups)) * config.rollout.group_size
+    env_pool = envs.make_pool(config.env, min(config.rollout.concurrency, episodes))
     logger, preemption, saved_at = Logger(config, state), PreemptionSignal(), state.iteration
 
     while state.iteration < config.train.iterations:
@@ -114,20 +115,20 @@ def train(config: Config) -> None:
         with timer("collect"):
             group_tasks = sample_tasks(tasks, config, iteration)
             rollout = collect(engine, env_pool, group_tasks, tasks, config, state, preemption)
-        if preemption.any_rank():  # SIGTERM: what is under way would not be done in time; the checkpoint is
+        if preemption.any_rank():  # SIGTERM: this iteration is dropped, for its update might not be done in time
             break
 
-        # 2. Judge (GCD): the policy is asked whether some of its steps were good. Each engine labels and asks its share,
-        #    drawn from its own episodes
+        # 2. Judge (GCD): the policy is asked whether some of its steps were good; each engine draws its share of the
+        #    questions from its own episodes
         questions: list[judge.Question] = []
         if config.judge.enabled:
             with timer("judge"):
                 rng = random.Random(f"{config.seed} {iteration} {engine.replica}")
-                shown = config.judge.teacher_steps // engine.num_replicas
-                rollout.counters.update(judge.label_steps(rollout.episodes, config, rng, shown, teacher))
-                asked = config.judge.questions // engine.num_replicas
-                questions = judge.sample_questions(rollout.episodes, config, asked, rng)
-                judge.ask(engine, questions, config, iteration, first=engine.replica * asked)
+                budget = len(engine.share(config.judge.teacher_steps))
+                rollout.counters.update(judge.label_steps(rollout.episodes, config, rng, budget, teacher))
+                numbers = engine.share(config.judge.questions)
+                questions = judge.sample_questions(rollout.episodes, config, len(numbers), rng)
+                judge.ask(engine, questions, config, iteration, first=numbers.start)
 
         # 3. Samples and advantages; groups are still whole on this rank
         samples = action_samples(rollout.episodes, config) + judge.critique_samples(questions, config)
@@ -158,7 +159,7 @@ def train(config: Config) -> None:
                 metrics |= ppo.update(samples, batches, config.train.critic_lr * factor, iteration)
             metrics |= update(policy, optimizer, batches, samples, config, config.train.lr * factor, iteration)
 
-        # 6. New weights for the engine; stop if it does not run them
+        # 6. New weights for the engine; stop if it does not run them, which a few fresh completions show
         with timer("sync"):
             sync_weights(engine, policy)
             prompts = [sample.prompt_ids for sample in samples[:4]]
@@ -166,7 +167,8 @@ def train(config: Config) -> None:
 
         # 7. What the critiques advise goes into the next prompts
         shown_guidelines = state.guidelines
-        judge.update_guidelines(state, questions, engine, teacher, config)
+        with timer("guidelines"):
+            judge.update_guidelines(state, questions, engine, teacher, config)
 
         # 8. Evaluate, log, save: in this order, so that a checkpoint never lacks its iteration's record
         state.iteration += 1
@@ -192,11 +194,7 @@ def train(config: Config) -> None:
 
 def preflight(config: Config, world: int) -> list[envs.Task]:
     """Check what would stop the run later, before a model is loaded; return the training tasks. Raises ConfigError."""
-    configuration.check_world(config, world)
-    configuration.check_choice("algo.advantage", config.algo.advantage, losses.ADVANTAGES)
-    configuration.check_choice("algo.policy_loss", config.algo.policy_loss, losses.POLICY_LOSSES)
-    envs.check(config.env)
-    envs.check_lineage(config)
+    check_config(config, world)
     check_model_path(config.model.path)
     if (config.model.tune == "qlora" or config.train.optimizer == "adamw8bit") and not find_spec("bitsandbytes"):
         raise ConfigError("model.tune=qlora and train.optimizer=adamw8bit need bitsandbytes: pip install bitsandbytes")
@@ -210,8 +208,17 @@ def preflight(config: Config, world: int) -> list[envs.Task]:
         envs.check_teacher(config.env)
     tasks = envs.tasks(config.env, config.env.level, "train")
     for level in config.eval.levels if config.train.eval_every else ():
-        envs.tasks(config.env, level, "eval")
+        evaluation_tasks(config, level)
     return tasks
+
+
+def check_config(config: Config, world: int) -> None:
+    """Check what needs no data and no model: batch arithmetic, the tables' names, the environment's options."""
+    configuration.check_world(config, world)
+    configuration.check_choice("algo.advantage", config.algo.advantage, losses.ADVANTAGES)
+    configuration.check_choice("algo.policy_loss", config.algo.policy_loss, losses.POLICY_LOSSES)
+    envs.check(config.env)
+    envs.check_lineage(config)
 
 
 def load_policy(config: Config, state: TrainState) -> tuple[LanguageModel, Optimizer]:
@@ -226,11 +233,7 @@ def load_policy(config: Config, state: TrainState) -> tuple[LanguageModel, Optim
 
 def dry_run(config: Config) -> str:
     """Describe the resolved config and what one iteration will do. Raises ConfigError where it does not divide."""
-    configuration.check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-    configuration.check_choice("algo.advantage", config.algo.advantage, losses.ADVANTAGES)
-    configuration.check_choice("algo.policy_loss", config.algo.policy_loss, losses.POLICY_LOSSES)
-    envs.check(config.env)
-    envs.check_lineage(config)
+    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     episodes = config.rollout.groups * config.rollout.group_size
     critiques = config.judge.questions * config.judge.group_size if config.judge.enabled else 0
     steps = -(-episodes * config.env.max_steps // config.train.samples_per_update)
@@ -253,7 +256,7 @@ def sample_tasks(tasks: Sequence[envs.Task], config: Config, iteration: int) -> 
         lambda lap: random.Random(f"tasks {config.seed} {lap}").sample(range(len(tasks)), len(tasks))
     )
     group_tasks = {}
-    for group in range(config.rollout.groups):
+    for group in range(config.rollout.groups):  # they may lie in two laps
         lap, position = divmod(iteration * config.rollout.groups + group, len(tasks))
         group_tasks[group] = tasks[order(lap)[position]]
     return group_tasks
@@ -334,10 +337,10 @@ def update(
     policy.model.train()  # no dropout (load_model sees to it), but gradient checkpointing works in this mode alone
     for number, batch in enumerate(progress_bar(batches, desc="update", unit=" steps")):
         denominators = count_loss_tokens(batch)
-        own = [sample for sample in batch[rank] if has_gradient(sample, config)]
-        groups = micro_batches(own, train.tokens_per_micro_batch, policy.packed)
+        computed = [sample for sample in batch[rank] if has_gradient(sample, config)]
+        groups = micro_batches(computed, train.tokens_per_micro_batch, policy.packed)
         for group in pad_micro_batches(groups, policy.fsdp_root):
-            part = [own[index] for index in group] or [Sample.blank()]
+            part = [computed[index] for index in group] or [Sample.blank()]
             logp_T, entropy_T = token_logprobs(policy, part, config.rollout.temperature, entropy)
             if not group:  # another rank has more of them, and a sharded pass needs all ranks
                 (0 * logp_T.sum()).backward()
@@ -345,7 +348,7 @@ def update(
             loss, parts = micro_batch_loss(logp_T, entropy_T, part, denominators, config)
             loss.backward()
             for key, value in parts.items():
-                sums[key] += value if math.isfinite(value) else 0.0
+                sums[key] += value if math.isfinite(value) else 0.0  # such a step is skipped, and is not to spoil means
             if number == 0 and train.old_logprobs == "engine":  # later the policy has moved on
                 engine_T = np.concatenate([sample.engine_logprobs for sample in part])
                 gaps.append(logp_T.detach().float().cpu().numpy() - engine_T)
@@ -353,7 +356,7 @@ def update(
             sums["tokens"] += tokens
             sums["padded"] += tokens if policy.packed else max(sample.num_tokens for sample in part) * len(part)
         save = functools.partial(save_bad_samples, batch, policy, config, iteration)
-        norm = optimizer.step(lr, train.max_grad_norm, save)
+        norm = optimizer.step(lr, train.max_grad_norm, save)  # the same on every rank, and sums are added over ranks
         sums["grad_norm" if math.isfinite(norm) else "skipped"] += norm / world if math.isfinite(norm) else 1 / world
     policy.model.eval()
 
@@ -364,11 +367,11 @@ def update(
 
 def count_loss_tokens(batch: Sequence[Sequence[Sample]]) -> dict[bool, tuple[int, int]]:
     """Count (response tokens, samples) in the loss of a mini-batch, over all ranks: of actions and of critiques."""
-    counts = [(sample.is_critique, sample.num_loss_tokens) for share in batch for sample in share]
-    return {
-        kind: (sum(count for one, count in counts if one == kind), sum(c > 0 for one, c in counts if one == kind))
-        for kind in (False, True)
-    }
+    counts = {}
+    for kind in (False, True):
+        tokens = [one.num_loss_tokens for share in batch for one in share if one.is_critique == kind]
+        counts[kind] = (sum(tokens), sum(count > 0 for count in tokens))
+    return counts
 
 
 def micro_batch_loss(
@@ -426,10 +429,10 @@ def micro_batch_loss(
     return loss, sums | {"entropy": float(entropy_T.detach().sum()), "response_tokens": len(logp_T)}
 
 
-def update_metrics(own: dict[str, float], gap_T: np.ndarray, steps: int) -> dict[str, float]:
+def update_metrics(local_sums: dict[str, float], gap_T: np.ndarray, steps: int) -> dict[str, float]:
     """Average the ranks' sums; `gap_T` holds this rank's log-prob differences between trainer and engine."""
     gaps = {"gap": np.abs(gap_T).sum(), "gap_kl": (np.exp(gap_T) - 1 - gap_T).sum(), "gaps": len(gap_T)}
-    sums = sum_dicts(all_gather_objects([own | {key: float(value) for key, value in gaps.items()}]))
+    sums = sum_dicts(all_gather_objects([local_sums | {key: float(value) for key, value in gaps.items()}]))
     worst = max(all_gather_objects([float(np.abs(gap_T).max(initial=0.0))]))
     response_tokens, loss_tokens = (max(1.0, sums.get(name, 0.0)) for name in ("response_tokens", "loss_tokens"))
     skipped = round(sums.get("skipped", 0))

@@ -32,7 +32,7 @@ from checkpoint import point_latest, save_model
 from config import Config, ConfigError
 from distributed import Optimizer, adamw, init_distributed, pad_micro_batches, progress_bar
 from logger import save_run_info
-from model import LanguageModel, load_model, token_logprobs
+from model import LanguageModel, check_model_path, load_model, token_logprobs
 from packing import Sample, micro_batches
 from teacher import check_key
 
@@ -65,9 +65,10 @@ def preflight(config: Config, world: int) -> None:
     envs.check_lineage(config)
     if sft.samples_per_update % world:
         raise ConfigError(f"sft.samples_per_update={sft.samples_per_update} does not divide over {world} ranks")
-    if sft.data:
-        if not Path(sft.data).is_file():
-            raise ConfigError(f"sft.data={sft.data} does not exist; it holds chat rows, one JSON object a line")
+    if sft.data and not Path(sft.data).is_file():
+        raise ConfigError(f"sft.data={sft.data} does not exist; it holds chat rows, one JSON object a line")
+    check_model_path(config.model.path)
+    if sft.data:  # nobody has to play
         return
     envs.make_expert(config.env)
     if sft.variant == "generative":

@@ -27,7 +27,7 @@ from torch import Tensor
 import judge
 from config import Config
 from distributed import all_gather_objects, unsharded
-from model import LanguageModel, last_hidden, log_partition, logit_gradients
+from model import LanguageModel, last_hidden, logit_gradients
 from packing import Sample, micro_batches
 from rollout import Episode
 
@@ -191,8 +191,14 @@ def all_logit_gradients(
     policy: LanguageModel, hidden_TH: torch.Tensor, target_T: torch.Tensor, temperature: float
 ) -> Iterator[torch.Tensor]:
     """Give model.logit_gradients over the whole vocabulary, in parts [T, some tokens]."""
-    vocabulary = len(policy.inner.get_output_embeddings().weight)
-    parts = torch.arange(vocabulary, device=target_T.device).split(VOCABULARY_PART)
-    total_T = log_partition(policy, hidden_TH, temperature, parts)
+    weight_VH = policy.inner.get_output_embeddings().weight
+    parts = torch.arange(len(weight_VH), device=target_T.device).split(VOCABULARY_PART)
+
+    def logits(token_C: torch.Tensor) -> torch.Tensor:
+        with policy.autocast():
+            return torch.nn.functional.linear(hidden_TH, weight_VH[token_C]).float() / temperature
+
+    # the denominator of the softmax first, over all parts
+    total_T = torch.stack([logits(token_C).logsumexp(-1) for token_C in parts]).logsumexp(0)
     for token_C in parts:
         yield logit_gradients(policy, hidden_TH, target_T, temperature, token_C, log_partition_T=total_T)

@@ -1,7 +1,8 @@
-"""rollout.py on real engines: log-probs, weight sync and canary, seeds; the collector and its failing games."""
+"""engine.py and rollout.py: log-probs, weight sync and its check, seeds; the collector and its failing games."""
 
 import copy
 import dataclasses
+import itertools
 import random
 import time
 from collections import Counter
@@ -14,8 +15,21 @@ import torch
 
 import envs
 import prompts
-from model import Actor, Row, load_actor, token_logprobs
-from rollout import Engine, Sampling, TransformersEngine, VllmEngine, canary, collect, make_engine, stable_seed, sync
+from engine import (
+    Completion,
+    Engine,
+    SamplingParams,
+    TransformersEngine,
+    VllmEngine,
+    check_weight_sync,
+    make_engine,
+    stable_seed,
+    sync_weights,
+)
+from environments import alfworld, scienceworld
+from model import LanguageModel, load_model, token_logprobs
+from packing import Sample
+from rollout import Episode, play
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +38,23 @@ def config(small_games):
 
 
 @pytest.fixture(scope="module")
-def actor(config) -> Actor:
-    return load_actor(config)
+def policy(config) -> LanguageModel:
+    return load_model(config)
 
 
 @pytest.fixture(scope="module")
-def engine(config, actor):
+def engine(config, policy):
     """The one vLLM engine of this file. A test that changes the weights puts them back."""
     tiny.join()
-    engine = make_engine(config, actor)
+    engine = make_engine(config, policy)
     assert isinstance(engine, VllmEngine)
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def slow_engine(config, actor) -> TransformersEngine:
-    made = make_engine(tiny.changed(config, "rollout.engine=transformers"), actor)
+def slow_engine(config, policy) -> TransformersEngine:
+    made = make_engine(tiny.changed(config, "rollout.engine=transformers"), policy)
     assert isinstance(made, TransformersEngine)
     return made
 
@@ -56,57 +70,58 @@ def tasks(config) -> list[envs.Task]:
 
 
 @pytest.fixture(scope="module")
-def prompt_ids(config, actor, small_games) -> list[list[int]]:
-    return [actor.encode(row["prompt"]) for row in tiny.chat_rows(small_games)[:12]]
+def prompt_ids(config, policy, small_games) -> list[list[int]]:
+    return [policy.encode(row["prompt"]) for row in tiny.chat_rows(small_games)[:12]]
 
 
-def samplings(count: int, temperature: float = 1.0, max_tokens: int = 12, first: int = 0) -> list[Sampling]:
-    return [Sampling(temperature, max_tokens, stable_seed(first + index)) for index in range(count)]
+def params(count: int, temperature: float = 1.0, max_tokens: int = 12, first: int = 0) -> list[SamplingParams]:
+    return [SamplingParams(temperature, max_tokens, stable_seed(first + index)) for index in range(count)]
 
 
-def gap(actor: Actor, prompt_ids, samples, temperature: float) -> float:
-    """Mean |difference| between the samples' log-probs and the trainer's."""
-    rows = [Row(np.array(ids), np.array(sample.ids)) for ids, sample in zip(prompt_ids, samples, strict=True)]
+def gap(policy: LanguageModel, prompt_ids, completions: list[Completion], temperature: float) -> float:
+    """Mean |difference| between the completions' log-probs and the trainer's."""
+    samples = [Sample(np.array(ids), np.array(one.ids)) for ids, one in zip(prompt_ids, completions, strict=True)]
     with torch.no_grad():
-        trainer, _ = token_logprobs(actor, rows, temperature)
-    return float(np.abs(trainer.numpy() - np.concatenate([sample.logprobs for sample in samples])).mean())
+        trainer, _ = token_logprobs(policy, samples, temperature)
+    return float(np.abs(trainer.numpy() - np.concatenate([one.logprobs for one in completions])).mean())
 
 
 # ---- Engines
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_logprobs_are_the_trainers(any_engine, actor, prompt_ids, temperature):
-    samples = any_engine.generate(prompt_ids, samplings(12, temperature))
-    assert gap(actor, prompt_ids, samples, temperature) < 1e-4
-    assert gap(actor, prompt_ids, samples, 1.5 - temperature) > 1e-2  # of this temperature and no other
-    end = actor.tokenizer.eos_token_id
-    for sample in samples:
-        assert len(sample.logprobs) == len(sample.ids) <= 12
-        assert end not in sample.ids[:-1] and (sample.ids[-1] == end or len(sample.ids) == 12)
-    assert any(sample.ids[-1] == end for sample in samples) and any(sample.ids[-1] != end for sample in samples)
+def test_logprobs_are_the_trainers(any_engine, policy, prompt_ids, temperature):
+    completions = any_engine.generate(prompt_ids, params(12, temperature))
+    assert gap(policy, prompt_ids, completions, temperature) < 1e-4
+    assert gap(policy, prompt_ids, completions, 1.5 - temperature) > 1e-2  # of this temperature and no other
+    end = policy.tokenizer.eos_token_id
+    for completion in completions:
+        assert len(completion.logprobs) == len(completion.ids) <= 12
+        assert end not in completion.ids[:-1] and (completion.ids[-1] == end or len(completion.ids) == 12)
+    ended = [completion.ids[-1] == end for completion in completions]
+    assert any(ended) and not all(ended)
 
 
-def test_same_seeds_same_samples_in_any_order(any_engine, prompt_ids):
-    how = samplings(12)
-    first = any_engine.generate(prompt_ids, how)
-    again = any_engine.generate(prompt_ids[::-1], how[::-1])[::-1]
-    few = any_engine.generate(prompt_ids[3:6], how[3:6])
-    assert [sample.ids for sample in first] == [sample.ids for sample in again]
-    assert [sample.ids for sample in few] == [sample.ids for sample in first[3:6]]
+def test_same_seeds_same_completions_in_any_order(any_engine, prompt_ids):
+    given = params(12)
+    first = any_engine.generate(prompt_ids, given)
+    again = any_engine.generate(prompt_ids[::-1], given[::-1])[::-1]
+    few = any_engine.generate(prompt_ids[3:6], given[3:6])
+    assert [completion.ids for completion in first] == [completion.ids for completion in again]
+    assert [completion.ids for completion in few] == [completion.ids for completion in first[3:6]]
     np.testing.assert_allclose(first[0].logprobs, again[0].logprobs, atol=1e-4)
-    other = any_engine.generate(prompt_ids, samplings(12, first=100))
+    other = any_engine.generate(prompt_ids, params(12, first=100))
     assert sum(one.ids == two.ids for one, two in zip(first, other, strict=True)) < 10
 
 
-def test_samples_follow_the_distribution(any_engine, actor, prompt_ids):
+def test_completions_follow_the_distribution(any_engine, policy, prompt_ids):
     """The first token of 600 replies to one prompt, at a temperature that leaves several tokens likely."""
     count, temperature = 600, 2.0
-    samples = any_engine.generate([prompt_ids[0]] * count, samplings(count, temperature, max_tokens=1))
+    completions = any_engine.generate([prompt_ids[0]] * count, params(count, temperature, max_tokens=1))
     with torch.no_grad():
-        logits = actor.model(input_ids=torch.tensor([prompt_ids[0]])).logits[0, -1]
+        logits = policy.model(input_ids=torch.tensor([prompt_ids[0]])).logits[0, -1]
     expected = torch.softmax(logits / temperature, -1)
-    seen = Counter(sample.ids[0] for sample in samples)
+    seen = Counter(completion.ids[0] for completion in completions)
     likely = [int(token) for token in expected.argsort(descending=True)[:5]]
     for token in likely:
         probability = float(expected[token])
@@ -116,14 +131,15 @@ def test_samples_follow_the_distribution(any_engine, actor, prompt_ids):
 
 
 def test_each_request_has_its_own_length_and_temperature(any_engine, prompt_ids):
-    how = [Sampling(1.0 if index % 2 else 0.01, 1 + index, index) for index in range(8)]
-    samples = any_engine.generate([prompt_ids[0]] * 8, how)
-    assert all(len(sample.ids) <= 1 + index for index, sample in enumerate(samples)) and len(samples[0].ids) == 1
-    cold = [sample.ids for sample in samples[::2]]
+    given = [SamplingParams(1.0 if index % 2 else 0.01, 1 + index, index) for index in range(8)]
+    completions = any_engine.generate([prompt_ids[0]] * 8, given)
+    lengths = [len(completion.ids) for completion in completions]
+    assert all(length <= 1 + index for index, length in enumerate(lengths)) and lengths[0] == 1
+    cold = [completion.ids for completion in completions[::2]]
     assert all(ids == cold[-1][: len(ids)] for ids in cold)  # almost greedy: the same reply, cut at its own length
 
 
-def test_an_untouched_generator_and_thread_count(engine, config, actor):
+def test_an_untouched_generator_and_thread_count(engine, config, policy):
     """vLLM would reseed torch's generator and disable set_num_threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -131,65 +147,67 @@ def test_an_untouched_generator_and_thread_count(engine, config, actor):
     torch.set_num_threads(before)
 
 
-def test_engine_notices_weights_that_were_not_synced(engine, config, actor, prompt_ids):
-    config = tiny.changed(config, "rollout.canary_bound=0.05")
-    kept = copy.deepcopy(actor.model.state_dict())
-    how = samplings(12)
-    before = engine.generate(prompt_ids, how)
-    assert canary(engine, actor, prompt_ids[:4], config) < 1e-4
+def test_engine_notices_weights_that_were_not_synced(engine, config, policy, prompt_ids, monkeypatch):
+    monkeypatch.setattr("engine.WEIGHT_SYNC_BOUND", 0.05)
+    kept = copy.deepcopy(policy.model.state_dict())
+    given = params(12)
+    before = engine.generate(prompt_ids, given)
+    assert check_weight_sync(engine, policy, prompt_ids[:4], config) < 1e-4
     try:
         torch.manual_seed(0)
         with torch.no_grad():
-            for parameter in actor.model.parameters():
+            for parameter in policy.model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        assert gap(actor, prompt_ids, engine.generate(prompt_ids, how), 1.0) > 0.05
-        with pytest.raises(RuntimeError, match="canary: engine and trainer disagree"):
-            canary(engine, actor, prompt_ids[:4], config)
-        sync(engine, actor)
-        assert canary(engine, actor, prompt_ids[:4], config) < 1e-4
-        assert gap(actor, prompt_ids, engine.generate(prompt_ids, how), 1.0) < 1e-4  # nothing stale in the prefix cache
+        assert gap(policy, prompt_ids, engine.generate(prompt_ids, given), 1.0) > 0.05
+        with pytest.raises(RuntimeError, match="engine and trainer disagree by .* the weight sync is broken"):
+            check_weight_sync(engine, policy, prompt_ids[:4], config)
+        sync_weights(engine, policy)
+        assert check_weight_sync(engine, policy, prompt_ids[:4], config) < 1e-4
+        # nothing stale in the prefix cache
+        assert gap(policy, prompt_ids, engine.generate(prompt_ids, given), 1.0) < 1e-4
     finally:
-        actor.model.load_state_dict(kept)
-        sync(engine, actor)
-    assert [sample.ids for sample in engine.generate(prompt_ids, how)] == [sample.ids for sample in before]
+        policy.model.load_state_dict(kept)
+        sync_weights(engine, policy)
+    again = engine.generate(prompt_ids, given)
+    assert [completion.ids for completion in again] == [completion.ids for completion in before]
 
 
-def test_the_engine_keeps_no_reference_to_the_trainers_weights(engine, actor, prompt_ids):
+def test_the_engine_keeps_no_reference_to_the_trainers_weights(engine, policy, prompt_ids):
     """An optimizer step in place must not reach the engine half-way through a rollout."""
-    kept = copy.deepcopy(actor.model.state_dict())
-    before = engine.generate(prompt_ids[:2], samplings(2))
+    kept = copy.deepcopy(policy.model.state_dict())
+    before = engine.generate(prompt_ids[:2], params(2))
     with torch.no_grad():
-        for parameter in actor.model.parameters():
+        for parameter in policy.model.parameters():
             parameter.zero_()
-    after = engine.generate(prompt_ids[:2], samplings(2))
-    actor.model.load_state_dict(kept)
+    after = engine.generate(prompt_ids[:2], params(2))
+    policy.model.load_state_dict(kept)
     assert before == after
 
 
-def test_a_canary_that_is_not_a_number_fails(slow_engine, config, actor, prompt_ids):
-    kept = copy.deepcopy(actor.model.state_dict())
-    samples = slow_engine.generate(prompt_ids[:2], samplings(2))
-    slow_engine.generate = lambda *_: samples
+def test_a_difference_that_is_not_a_number_fails(slow_engine, config, policy, prompt_ids):
+    kept = copy.deepcopy(policy.model.state_dict())
+    completions = slow_engine.generate(prompt_ids[:2], params(2))
+    slow_engine.generate = lambda *_: completions
     try:
         with torch.no_grad():
-            actor.model.get_input_embeddings().weight.fill_(float("nan"))
-        with pytest.raises(RuntimeError, match="canary"):
-            canary(slow_engine, actor, prompt_ids[:2], config)
+            policy.model.get_input_embeddings().weight.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="engine and trainer disagree by nan"):
+            check_weight_sync(slow_engine, policy, prompt_ids[:2], config)
     finally:
         del slow_engine.generate
-        actor.model.load_state_dict(kept)
+        policy.model.load_state_dict(kept)
 
 
-def test_transformers_engine_ignores_the_models_own_sampling_habits(slow_engine, actor, prompt_ids):
+def test_transformers_engine_ignores_the_models_own_sampling_habits(slow_engine, policy, prompt_ids):
     """Published models bring a generation_config.json; Qwen2.5's has a repetition penalty."""
-    plain = slow_engine.generate(prompt_ids[:4], samplings(4))
-    habits = actor.model.generation_config
+    plain = slow_engine.generate(prompt_ids[:4], params(4))
+    habits = policy.model.generation_config
     kept = copy.deepcopy(habits)
     try:
         habits.update(repetition_penalty=1.3, do_sample=True, temperature=0.2, top_p=0.5, top_k=3)
-        assert slow_engine.generate(prompt_ids[:4], samplings(4)) == plain
+        assert slow_engine.generate(prompt_ids[:4], params(4)) == plain
     finally:
-        actor.model.generation_config = kept
+        policy.model.generation_config = kept
 
 
 def test_stable_seed():
@@ -202,9 +220,10 @@ def test_stable_seed():
 # ---- The collector
 
 
-def play(engine, config, tasks, count=16, make=None, **options):
-    """Episodes of `tasks` with `count` environments at once."""
-    return collect(engine, [(make or envs.make_env)(config.env) for _ in range(count)], tasks, config, **options)
+def played(engine, config, tasks, count=16, make=None, first=0, **options) -> list[Episode]:
+    """Episodes of `tasks`, whose groups are counted from `first`, with `count` environments at once."""
+    make = make or envs.load(config.env.name).make
+    return play(engine, [make(config.env) for _ in range(count)], dict(enumerate(tasks, first)), config, **options)
 
 
 def assert_same(episodes, others):
@@ -219,21 +238,21 @@ def assert_same(episodes, others):
 @pytest.fixture(scope="module")
 def episodes(engine, config, tasks):
     """What the other collections of this file must repeat."""
-    return play(engine, config, tasks, iteration=3)
+    return played(engine, config, tasks, iteration=3)
 
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_episodes_do_not_depend_on_concurrency(engine, config, tasks, episodes, count):
-    assert_same(play(engine, config, tasks, count, iteration=3), episodes)
+    assert_same(played(engine, config, tasks, count, iteration=3), episodes)
 
 
 def test_episodes_depend_on_seed_iteration_and_group(engine, config, tasks, episodes):
-    def actions(played):
-        return [[step.response for step in episode.steps] for episode in played]
+    def actions(episodes):
+        return [[step.response for step in episode.steps] for episode in episodes]
 
-    assert actions(play(engine, config, tasks, iteration=4)) != actions(episodes)
-    assert actions(play(engine, tiny.changed(config, "seed=1"), tasks, iteration=3)) != actions(episodes)
-    moved = play(engine, config, tasks[1:], iteration=3, groups=range(1, len(tasks)))  # what a second rank would play
+    assert actions(played(engine, config, tasks, iteration=4)) != actions(episodes)
+    assert actions(played(engine, tiny.changed(config, "seed=1"), tasks, iteration=3)) != actions(episodes)
+    moved = played(engine, config, tasks[1:], first=1, iteration=3)  # what a second rank would play
     assert_same(moved, episodes[2:])
 
 
@@ -244,17 +263,18 @@ def test_episodes_are_grouped_and_ordered(episodes, tasks):
     assert any([s.response for s in one.steps] != [s.response for s in two.steps] for one, two in pairs)
 
 
-def test_records_are_what_happened(engine, config, actor, episodes):
+def test_records_are_what_happened(engine, config, policy, episodes):
     """Every episode is played again from its record, in a fresh environment."""
     for episode in episodes:
-        env = envs.make_env(config.env)
+        env = alfworld.make(config.env)
         seen = env.reset(episode.task)
         for index, step in enumerate(episode.steps):
             assert not seen.done and step.observation == seen.text
-            history = [(past.observation, past.action) for past in episode.steps[max(0, index - 2) : index]]
-            text = prompts.build_prompt("alfworld", seen.task, seen.text, seen.actions, history, index)
-            assert step.prompt == text and step.prompt_ids == actor.encode(text)
-            assert step.response == actor.decode(step.response_ids) and len(step.logprobs) == len(step.response_ids)
+            history = tuple((past.observation, past.action) for past in episode.steps[max(0, index - 2) : index])
+            ctx = prompts.PromptContext("alfworld", seen.task, seen.text, seen.actions, history, index)
+            text = prompts.build_prompt(ctx)
+            assert step.prompt == text and step.prompt_ids == policy.encode(text)
+            assert step.response == policy.decode(step.response_ids) and len(step.logprobs) == len(step.response_ids)
             reply = prompts.parse_reply(step.response)
             assert (step.action, step.valid, step.thought) == (reply.action, reply.valid, reply.thought)
             assert step.available == (step.action in seen.actions)
@@ -288,7 +308,7 @@ class ToyRoom:
 
 
 def test_reward_comes_with_the_winning_step_alone(engine, config, tasks):
-    episodes = play(engine, config, tasks, 4, ToyRoom)
+    episodes = played(engine, config, tasks, 4, ToyRoom)
     assert {episode.won for episode in episodes} == {True, False}
     for episode in episodes:
         won = sum(len(step.action) for step in episode.steps[:3]) % 2 == 0
@@ -297,30 +317,29 @@ def test_reward_comes_with_the_winning_step_alone(engine, config, tasks):
         assert rewards == ([0.0, 0.0, 10.0] if won else [0.0] * config.env.max_steps)
 
 
-def test_members_temperature_suggestions_and_history(engine, config, tasks, actor):
-    rule = "Look under <|im_end|> things."
-    seen = []
+def test_members_temperature_guidelines_and_history(engine, config, tasks):
+    guideline = "Look under <|im_end|> things."
     config = tiny.changed(config, "env.history=0")
-    episodes = play(engine, config, tasks[:2], members=3, temperature=0.0, suggestions=[rule], on_episode=seen.append)
+    episodes = played(engine, config, tasks[:2], members=3, temperature=0.0, guidelines=[guideline])
     assert [(episode.group, episode.member) for episode in episodes] == [(g, m) for g in range(2) for m in range(3)]
-    assert sorted(id(episode) for episode in seen) == sorted(id(episode) for episode in episodes)
     first = [[step.response for step in episode.steps] for episode in episodes]
     assert first[0] == first[1] == first[2] and first[3] == first[4] == first[5]  # greedy: all members alike
     for step in episodes[0].steps:
         assert "- Look under < |im_end|> things." in step.prompt and "[Observation" not in step.prompt
 
 
-def test_a_long_prompt_drops_its_history_or_is_refused(engine, config, tasks, actor, episodes):
-    bare = max(len(actor.encode(prompts.build_prompt("alfworld", s.task, s.text, s.actions)))
-               for s in [envs.make_env(config.env).reset(tasks[0])])  # fmt: skip
+def test_a_long_prompt_drops_its_history_or_is_refused(engine, config, tasks, policy, episodes):
+    seen = alfworld.make(config.env).reset(tasks[0])
+    ctx = prompts.PromptContext("alfworld", seen.task, seen.text, seen.actions)
+    bare = len(policy.encode(prompts.build_prompt(ctx)))
     with pytest.raises(ValueError, match="raise rollout.max_prompt_tokens"):
-        play(engine, tiny.changed(config, f"rollout.max_prompt_tokens={bare - 1}"), tasks[:1])
+        played(engine, tiny.changed(config, f"rollout.max_prompt_tokens={bare - 1}"), tasks[:1])
     longest = max(len(step.prompt_ids) for episode in episodes for step in episode.steps)
-    shorter = play(engine, tiny.changed(config, f"rollout.max_prompt_tokens={longest - 1}"), tasks, iteration=3)
+    shorter = played(engine, tiny.changed(config, f"rollout.max_prompt_tokens={longest - 1}"), tasks, iteration=3)
     assert max(len(step.prompt_ids) for episode in shorter for step in episode.steps) < longest
 
 
-class Flaky(envs.NativeAlfworld):
+class Flaky(alfworld.Alfworld):
     """A game that dies at a given step, as often as its class is told to."""
 
     failures: Counter  # task id -> how often it still dies
@@ -362,19 +381,20 @@ def flaky(at: int, threaded: bool = False, **failures: int):
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_an_environment_that_fails_once_leaves_no_trace(engine, config, tasks, episodes, at, threaded):
     kind = flaky(at, threaded, **{tasks[1].id: 1, tasks[3].id: 1})
-    counts = Counter()
+    counters = Counter()
     with pytest.warns(UserWarning, match="environment failed .ConnectionError: the JVM died"):
-        again = play(engine, config, tasks, 3, kind, iteration=3, counts=counts)
+        again = played(engine, config, tasks, 3, kind, iteration=3, counters=counters)
     assert_same(again, episodes)
-    assert counts == {"restarted": 2} and kind.restarts == 2
+    assert counters == {"restarted": 2} and kind.restarts == 2
 
 
 def test_an_environment_that_fails_twice_costs_the_episode(engine, config, tasks, episodes):
     kind = flaky(2, **{tasks[0].id: 2, tasks[2].id: 4})
-    counts = Counter()
+    counters = Counter()
     with pytest.warns(UserWarning, match="environment failed"):
-        left = play(engine, config, tasks, 1, kind, iteration=3, counts=counts)  # one at a time: who fails is known
-    assert counts == {"restarted": 3, "discarded": 3}
+        # one at a time: who fails is known
+        left = played(engine, config, tasks, 1, kind, iteration=3, counters=counters)
+    assert counters == {"restarted": 3, "discarded": 3}
     assert [(episode.group, episode.member) for episode in left] == [(0, 1), (1, 0), (1, 1), (3, 0), (3, 1)]
     assert_same(left, [episodes[index] for index in (1, 2, 3, 6, 7)])
 
@@ -384,55 +404,68 @@ def test_a_java_machine_killed_in_a_rollout_leaves_no_trace(slow_engine, config,
     settings = ["env.name=scienceworld", f"env.data={tmp_path}", "env.max_steps=4", "rollout.max_prompt_tokens=3000"]
     config = tiny.changed(config, *settings)
     tasks = [envs.Task("scienceworld", name, f"{name}/0", "train") for name in ("boil", "find-animal", "melt")]
-    expected = play(slow_engine, config, tasks, 4, iteration=3)
+    expected = played(slow_engine, config, tasks, 4, iteration=3)
     assert len(expected) == 6 and all(len(episode.steps) == 4 for episode in expected)
     left = [9]  # steps until the machine is killed
 
-    class Killer(envs.ScienceWorld):
+    class Killer(scienceworld.ScienceWorld):
         def step(self, action):
             left[0] -= 1
             if left[0] == 0:
                 self.machine.process.kill()
             return super().step(action)
 
-    counts = Counter()
+    counters = Counter()
     with pytest.warns(UserWarning, match="environment failed"):
-        again = play(slow_engine, config, tasks, 4, Killer, iteration=3, counts=counts)
+        again = played(slow_engine, config, tasks, 4, Killer, iteration=3, counters=counters)
     assert_same(again, expected)
-    assert 1 <= counts["restarted"] <= 4 and not counts["discarded"]
+    assert 1 <= counters["restarted"] <= 4 and not counters["discarded"]
 
 
 def test_all_episodes_may_be_lost(engine, config, tasks):
-    counts = Counter()
+    counters = Counter()
     with pytest.warns(UserWarning):
-        assert play(engine, config, tasks[:1], 2, flaky(1, **{tasks[0].id: 99}), counts=counts) == []
-    assert counts == {"restarted": 2, "discarded": 2}
+        assert played(engine, config, tasks[:1], 2, flaky(1, **{tasks[0].id: 99}), counters=counters) == []
+    assert counters == {"restarted": 2, "discarded": 2}
 
 
 @pytest.mark.parametrize("threaded", [False, True])
 def test_an_error_leaves_no_request_behind(any_engine, config, tasks, prompt_ids, threaded):
     """vLLM refuses to reset its cache while requests run, and would hand them to the next who asks."""
 
-    class Stuck(ToyRoom):
+    class Long(ToyRoom):
+        """A room whose description, of one task, does not fit into a prompt."""
+
+        def reset(self, task):
+            self.long = task == tasks[1]
+            return super().reset(task)
+
         def step(self, action):
             time.sleep(0.5 if threaded else 0)
-            return super().step(action)
+            observation = super().step(action)
+            return dataclasses.replace(observation, text="long " * 3000) if self.long else observation
 
-    Stuck.threaded = threaded
-
-    def stop(episode):
-        raise KeyError("stop")
-
-    before = any_engine.generate(prompt_ids[:2], samplings(2))
-    with pytest.raises(KeyError):
-        play(any_engine, tiny.changed(config, "env.max_steps=1"), tasks, 3, Stuck, on_episode=stop)
+    Long.threaded = threaded
+    before = any_engine.generate(prompt_ids[:2], params(2))
+    with pytest.raises(ValueError, match="rollout.max_prompt_tokens"):
+        played(any_engine, config, tasks, 3, Long)
     assert any_engine.poll() == []
     any_engine.load_weights([])
-    assert any_engine.generate(prompt_ids[:2], samplings(2)) == before
+    assert any_engine.generate(prompt_ids[:2], params(2)) == before
+
+
+def test_episodes_in_flight_are_given_up_once_it_should_stop(any_engine, config, tasks, prompt_ids):
+    before = any_engine.generate(prompt_ids[:2], params(2))
+    asked = itertools.count()
+    left = played(any_engine, config, tasks, 3, should_stop=lambda: next(asked) >= 2)
+    assert len(left) < len(tasks) * config.rollout.group_size
+    assert any_engine.poll() == []
+    any_engine.load_weights([])
+    assert any_engine.generate(prompt_ids[:2], params(2)) == before
 
 
 def test_slow_environments_act_in_threads(engine, config, tasks, episodes):
-    class Slow(envs.NativeAlfworld):
+    class Slow(alfworld.Alfworld):
         threaded = True
         delay = random.Random(0)
         at_once = busy = 0
@@ -444,18 +477,18 @@ def test_slow_environments_act_in_threads(engine, config, tasks, episodes):
             Slow.busy -= 1
             return super().step(action)
 
-    assert_same(play(engine, config, tasks, 8, Slow, iteration=3), episodes)
+    assert_same(played(engine, config, tasks, 8, Slow, iteration=3), episodes)
     assert Slow.at_once > 1
 
 
-def test_transformers_engine_collects_the_same_kind_of_episodes(slow_engine, config, tasks, actor):
-    episodes = play(slow_engine, config, tasks, 8, iteration=3)
-    assert_same(play(slow_engine, config, tasks, 3, iteration=3), episodes)
+def test_transformers_engine_collects_the_same_kind_of_episodes(slow_engine, config, tasks, policy):
+    episodes = played(slow_engine, config, tasks, 8, iteration=3)
+    assert_same(played(slow_engine, config, tasks, 3, iteration=3), episodes)
     assert len(episodes) == 8 and sum(step.valid for episode in episodes for step in episode.steps) > 0
     steps = [step for episode in episodes for step in episode.steps]
-    rows = [Row(np.array(step.prompt_ids), np.array(step.response_ids)) for step in steps]
+    samples = [Sample(np.array(step.prompt_ids), np.array(step.response_ids)) for step in steps]
     with torch.no_grad():
-        trainer, _ = token_logprobs(actor, rows, config.rollout.temperature)
+        trainer, _ = token_logprobs(policy, samples, config.rollout.temperature)
     np.testing.assert_allclose(np.concatenate([step.logprobs for step in steps]), trainer, atol=1e-4)
 
 

@@ -567,7 +567,7 @@ def test_groups_of_equal_returns_are_drawn_again(small_games, tmp_path, monkeypa
     for episode in episodes:
         groups.setdefault(episode["group"], []).append(episode)
     dull = {group for group, members in groups.items() if len({member["won"] for member in members}) == 1}
-    assert record["rollout/zero_variance_groups"] == sum(group < 8 for group in dull) > 0
+    assert record["rollout/filtered_groups"] == sum(group < 8 for group in dull) > 0
     assert set(groups) == set(range(4)) | {group + 4 for group in dull if group < 8}
     assert record["rollout/episodes"] == len(episodes) == 4 * len(groups)
     first = {episode["task"]["id"] for group in range(4) for episode in groups[group]}

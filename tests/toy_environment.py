@@ -4,7 +4,7 @@ To write an environment, copy this file to the folder that you work in, as my_ga
 set env.name=my_games.lighthouse.  The top of envs.py says what is asked of a module; what is not here is optional.
 """
 
-import random
+from itertools import permutations, product
 
 from config import EnvConfig
 from envs import Observation, Task
@@ -13,7 +13,7 @@ from prompts import EnvPrompt
 DEEDS = {"find": "take the key", "open": "open the door", "light": "light the lamp"}  # each needs those before it
 TASK_TYPES = tuple(DEEDS)
 HELD_OUT_TYPES = ("light",)  # level L2 evaluates on it, and trains on the others
-ROOMS = ("attic", "cellar", "kitchen", "pantry", "study", "workshop")
+HOUSES = list(permutations(("attic", "cellar", "kitchen", "study", "workshop"), 2))  # two rooms each
 PROMPT = EnvPrompt(
     opening="You are in an old lighthouse. Your task is to {task}.\n",
     task="",  # the opening has told it
@@ -26,28 +26,25 @@ PROMPT = EnvPrompt(
 
 
 def tasks(env_cfg: EnvConfig, split: str) -> list[Task]:
-    """List a split's tasks: "seen" has the houses of "train" with the key in another room, "unseen" has others."""
-    return [
-        Task(env_cfg.name, kind, f"{kind}-{house}-{key}", split)  # the id says all that reset() has to know
-        for kind in TASK_TYPES
-        for house in (range(8, 12) if split == "unseen" else range(8))
-        for key in range(3)
-        if split == "unseen" or (split == "seen") == (key == house % 3)
-    ]
+    """List a split's tasks: "seen" has the houses of "train" with the key in the other room, "unseen" has others."""
+    found = []
+    for kind, (number, rooms), key in product(TASK_TYPES, enumerate(HOUSES), (0, 1)):
+        if split == ("unseen" if number % 4 == 3 else ("train", "seen")[(number + key) % 2]):
+            found.append(Task(env_cfg.name, kind, "-".join([kind, *rooms, rooms[key]]), split))
+    return found
 
 
 class Lighthouse:
-    """A hall with a locked door to the tower, and three rooms, one of which has the key."""
+    """A hall with a locked door to the tower, and two rooms, one of which has the key."""
 
     threaded = False  # a step takes no time
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode in the hall."""
-        kind, house, key = task.id.split("-")
-        self.rooms = random.Random(int(house)).sample(ROOMS, 3)
-        self.key_room, self.room, self.done = self.rooms[int(key)], "hall", []
+        """Begin an episode in the hall. The task's id says all that there is to know."""
+        kind, *self.rooms, self.key_room = task.id.split("-")
+        self.room, self.done = "hall", []
         self.places = dict(zip(DEEDS.values(), (self.key_room, "hall", "tower"), strict=True))
-        self.wanted = list(DEEDS.values())[: TASK_TYPES.index(kind) + 1]  # deeds; the last one is the goal
+        self.wanted = list(DEEDS.values())[: TASK_TYPES.index(kind) + 1]  # the last one is the goal
         return self.observe()
 
     def step(self, action: str) -> Observation:

@@ -36,7 +36,7 @@ from config import ConfigError
 from tools.svg import chart, evenly, stack, text, thinned
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html"
-PHASES = ("collect", "judge", "coupling", "score", "update", "sync", "evaluate")
+PHASES = ("collect", "judge", "score", "coupling", "update", "sync", "guidelines", "evaluate")
 LONGEST = 20_000  # characters of one text of an episode
 MOST_METRICS = 200  # names in metrics.jsonl that are drawn
 
