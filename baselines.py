@@ -35,7 +35,7 @@ from distributed import (
     unsharded_forward,
 )
 from logger import save_bad_samples
-from losses import check_lengths, compact_ids, discounted_sums, sample_sums
+from losses import check_lengths, compact_ids, discounted_sums, sample_means
 from model import (
     LanguageModel,
     base_of,
@@ -117,7 +117,7 @@ def nthr_weights(
         return factor_T, {"tau": math.nan, "selected": 0}
     pull_VH = logit_grad_TV[won_T].T @ hidden_TH[won_T]
     influence_T = ((logit_grad_TV @ pull_VH) * hidden_TH).sum(-1)
-    tau = beta * float(sample_sums(influence_T, sample_T, mean=True)[won_T].min())
+    tau = beta * float(sample_means(influence_T, sample_T)[won_T].min())
     selected_T = ~won_T & (influence_T > tau)
     return torch.where(selected_T, eta, factor_T), {"tau": tau, "selected": int(selected_T.sum())}
 

@@ -535,8 +535,6 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise ConfigError(f"{name}={value!r}: expected a list")
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            raise ConfigError(f"{name}={value!r}: expected {len(args)} values")
         return tuple(_parse(args[0], item, name) for item in value)
     if not isinstance(value, str):
         raise ConfigError(f"{name}={value!r}: expected one value")

@@ -79,11 +79,10 @@ def discounted_returns(reward_N: Tensor, trajectory_N: Tensor, gamma: float) -> 
 def discounted_sums(value_N: Tensor, index_N: Tensor, gamma: float) -> Tensor:
     """Add to each value gamma times the sum of the next with the same index (from 0): float64 [N], on the CPU."""
     length_M = torch.bincount(index_N)
-    order_N = torch.argsort(index_N, stable=True)  # [N] trajectories side by side, each still in time order
-    start_N = (length_M.cumsum(0) - length_M)[
-        index_N[order_N]
-    ]  # [N] where, in that order, the sample's trajectory begins
-    step_N = torch.empty_like(index_N)  # [N] time within the trajectory
+    order_N = torch.argsort(index_N, stable=True)  # trajectories side by side, each still in time order
+    # where, in that order, the sample's trajectory begins; then its time within it
+    start_N = (length_M.cumsum(0) - length_M)[index_N[order_N]]
+    step_N = torch.empty_like(index_N)
     step_N[order_N] = torch.arange(len(order_N)) - start_N
     steps = max(length_M.tolist(), default=0)
     sum_SM = torch.zeros(steps + 1, len(length_M)).double()  # [steps + 1, M] the last row stays 0
@@ -264,7 +263,7 @@ def gspo(
     clips: ratio 2, loss (-2, -2).
     """
     check_lengths(logp_T=logp_T, old_logp_T=old_logp_T, advantage_T=advantage_T, sample_T=sample_T)
-    mean_T = sample_sums((logp_T - old_logp_T).detach(), sample_T, mean=True)
+    mean_T = sample_means((logp_T - old_logp_T).detach(), sample_T)
     return ppo_clip(mean_T + logp_T - logp_T.detach(), torch.zeros_like(mean_T), advantage_T, sample_T, cfg)
 
 
@@ -335,11 +334,11 @@ def aggregate(
     return loss_T.sum() / denominator
 
 
-def sample_sums(value_T: Tensor, sample_T: Tensor, mean: bool = False) -> Tensor:
-    """Sum, or average, over the sample of each token, [T]; differentiable."""
+def sample_means(value_T: Tensor, sample_T: Tensor) -> Tensor:
+    """Average over the sample of each token, [T]; differentiable."""
     _, index_T, length_B = torch.unique(sample_T, return_inverse=True, return_counts=True)  # [T], [samples]
     sum_B = torch.zeros(len(length_B), dtype=value_T.dtype, device=value_T.device).index_add(0, index_T, value_T)
-    return (sum_B / length_B if mean else sum_B)[index_T]
+    return (sum_B / length_B)[index_T]
 
 
 def check_lengths(**tensors: Tensor | None) -> None:

@@ -272,9 +272,8 @@ def set_logprobs(
     """
     budget, temperature = config.train.tokens_per_micro_batch, config.rollout.temperature
     scored = [sample for sample in samples if needs_score(sample, config)]
-    if (
-        config.train.old_logprobs == "engine"
-    ):  # as sampled: one pass less, and the ratio corrects for the engine's error
+    if config.train.old_logprobs == "engine":
+        # as sampled: one pass less, and the ratio corrects for the engine's error, too
         for sample in scored:
             sample.old_logprobs = sample.engine_logprobs
     todo = [sample for sample in scored if sample.old_logprobs is None]  # NTHR's pass has those of some already
