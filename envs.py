@@ -28,6 +28,7 @@ import argparse
 import functools
 import importlib
 import pkgutil
+import string
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -41,6 +42,11 @@ from config import LEVELS, Config, ConfigError, EnvConfig, nearest
 
 SPLITS = {"L0": "seen", "L1": "unseen", "L2": "unseen"}  # what a level evaluates on; every level trains on "train"
 REQUIRED = ("TASK_TYPES", "HELD_OUT_TYPES", "PROMPT", "tasks", "make")  # of an environment's module
+PROMPT_FIELDS = {  # what braces in its PROMPT can name
+    "opening": ("task",),
+    "task": ("task",),
+    "closing": ("actions", "objects", "guided", "reply_format"),
+}
 ROOT = Path(__file__).resolve().parent
 
 
@@ -78,14 +84,17 @@ class Environment(Protocol):
         """Begin an episode."""
 
     def step(self, action: str) -> Observation:
-        """Do an action; any text is one."""
+        """Do an action; any text is one, the empty one, too: a reply without an action."""
 
     def restart(self) -> None:
         """Recover from an error: the next call is reset()."""
 
 
 class Expert(Protocol):
-    """Somebody to imitate: follows an episode and says what to do next, None where it has no idea."""
+    """Somebody to imitate: follows an episode by its actions and says what to do next, None where it has no idea.
+
+    What they lead to it is not told: it keeps a game of its own, or a plan.
+    """
 
     actions_left: int | None  # to the end, where it knows: such an expert plays a task the same way each time
 
@@ -97,10 +106,10 @@ class Expert(Protocol):
 
 
 class StepTeacher(Protocol):
-    """Somebody who labels the actions of one episode, with the full state in view."""
+    """Somebody who labels the actions of one episode, from its first on, with the full state in view."""
 
     def judge(self, action: str, raised: bool = False) -> int:
-        """Label `action`, which `raised` the score or did not, as the next one: 1 good, 0 flawed."""
+        """Label `action`, which `raised` the score or did not: 1 good, 0 flawed; then take it as done."""
 
     def best_action(self) -> str | None:
         """Say what it would do now."""
@@ -127,7 +136,24 @@ def load(name: str) -> ModuleType:
         raise unknown from None
     if missing := [one for one in REQUIRED if not hasattr(module, one)]:
         raise ConfigError(f"env.name={name!r}: {path} is no environment, it lacks {', '.join(missing)} (see envs.py)")
+    _check_words(name, module)
     return module
+
+
+def _check_words(name: str, env: ModuleType) -> None:
+    """Check the names of an environment's task types, and the braces in its prompt. Raises ConfigError."""
+    for key in ("TASK_TYPES", "HELD_OUT_TYPES"):
+        if isinstance(getattr(env, key), str):
+            raise ConfigError(
+                f"env.name={name!r}: {key} is one text, not several: ({getattr(env, key)!r},) has a comma"
+            )
+    for one in env.HELD_OUT_TYPES:
+        if one not in env.TASK_TYPES:  # levels would train on what they were meant to hold out
+            raise ConfigError(f"env.name={name!r}: HELD_OUT_TYPES has {one!r}{nearest(one, env.TASK_TYPES)}")
+    for key, known in PROMPT_FIELDS.items():
+        for _, found, *_ in string.Formatter().parse(getattr(env.PROMPT, key)):
+            if found is not None and found not in known:
+                raise ConfigError(f"env.name={name!r}: PROMPT.{key} has {{{found}}}{nearest(found, known)}")
 
 
 @functools.cache
@@ -164,8 +190,13 @@ def check_teacher(env_cfg: EnvConfig) -> None:
 
 
 def make_pool(env_cfg: EnvConfig, size: int) -> list[Environment]:
-    """Make the environments to play in at once."""
-    return [load(env_cfg.name).make(env_cfg) for _ in range(size)]
+    """Make the environments to play in at once. Raises ConfigError if make() gives something else."""
+    pool = [load(env_cfg.name).make(env_cfg) for _ in range(size)]
+    for env in pool[:1]:
+        if missing := [one for one in ("reset", "step", "restart", "threaded") if not hasattr(env, one)]:
+            lacks = f"{type(env).__name__}, which lacks {', '.join(missing)} (see envs.Environment)"
+            raise ConfigError(f"the environment {env_cfg.name}'s make(env_cfg) gives a {lacks}")
+    return pool
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,8 +234,10 @@ def tasks(env_cfg: EnvConfig, level: str, phase: str) -> list[Task]:
     assert not (phase == "train" and level == "L2" and {task.type for task in found} & set(held_out_types(env_cfg)))
     if not found:
         where = f" in {env_cfg.data}" if env_cfg.data else ""
-        of_types = ", ".join(types) or "none (no type is held out)"
+        of_types = ", ".join(types) or "none (no type is held out: leave L2 out of eval.levels)"
         raise ConfigError(f"level {level} ({phase}) has no tasks of types {of_types} in split {split!r}{where}")
+    if len({task.id for task in found}) < len(found):  # intervals are over tasks
+        raise ConfigError(f"the environment {env_cfg.name} has two tasks of the same id in split {split!r}")
     return found
 
 

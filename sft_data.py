@@ -371,12 +371,16 @@ def _rewrite(turns: Sequence[Turn], replies: Sequence[str], config: Config) -> l
 def rows_file(config: Config, kind: str = "", make: Callable[[Config], Iterator[dict]] = make_rows) -> Path:
     """Return the JSONL of make(config), made if there is none of the same settings.
 
-    `kind` (default: sft.variant) is what `make` is called in the file's name and in its key.
+    `kind` (default: sft.variant) is what `make` is called in the file's name and in its key. With an environment of a
+    user's own its module's text is one of the settings.
     """
     env = envs.load(config.env.name)
     data = env.data_folder(config.env).resolve() if hasattr(env, "data_folder") else config.env.data
     keys = ("variant", "writer", "episodes", "judge_examples", "noise", "idle", "guided")
     writer = {"url": config.judge.base_url, "model": config.judge.model} if config.sft.writer == "teacher" else {}
+    code = {}
+    if config.env.name not in envs.names():  # whoever writes an environment does not raise DATA_VERSION
+        code["module"] = hashlib.sha256(Path(env.__file__).read_bytes()).hexdigest()
     made_by = {
         "version": DATA_VERSION,
         "kind": kind or config.sft.variant,
@@ -386,6 +390,7 @@ def rows_file(config: Config, kind: str = "", make: Callable[[Config], Iterator[
         "games": [task.id for task in envs.tasks(config.env, config.env.level, "train")],
         **{key: getattr(config.sft, key) for key in keys},
         **writer,
+        **code,
     }
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     path = Path("data") / "sft" / f"{made_by['kind']}-{digest}.jsonl"

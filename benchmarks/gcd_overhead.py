@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "train_rl.py"
 
 
 def seconds(config: str, overrides: Sequence[str], iterations: int, gcd: bool) -> list[dict[str, float]]:
-    """The metrics of one run's iterations but the first."""
+    """Run some iterations; return the metrics of all but the first."""
     name = f"gcd_overhead_{'with' if gcd else 'without'}"
     shutil.rmtree(Path("runs") / name, ignore_errors=True)
     settings = [*overrides, f"name={name}", "train.lr=0", "guidelines.every=0", "train.eval_every=0"]
@@ -38,6 +38,7 @@ def seconds(config: str, overrides: Sequence[str], iterations: int, gcd: bool) -
 
 
 def main() -> None:
+    """Run pairs, and print the ratio."""
     command = configuration.parser(__doc__)
     command.add_argument("--iterations", type=int, default=3, help="that count, in each run (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=3, help="pairs of runs (default: %(default)s)")
@@ -54,8 +55,8 @@ def main() -> None:
     share, last = statistics.median(shares), with_gcd[-1]
     print(
         f"iteration with GCD / without: {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]; "
-        f"{share:.1%} of it to label and ask, the rest to update on {last['judge/rows']} critiques beside "
-        f"{last['train/rows']} actions"
+        f"{share:.1%} of it to label and ask, the rest to update on {last.get('judge/samples', 0)} critiques beside "
+        f"{last['train/samples']} actions"
     )
 
 

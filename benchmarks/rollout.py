@@ -2,7 +2,7 @@
 
     python benchmarks/rollout.py --ckpt assets/base
 
-(a) rollout.collect with the vLLM engine against the loop of a simple published script: all live episodes generate as
+(a) rollout.play with the vLLM engine against the loop of a simple published script: all live episodes generate as
 one left-padded batch of transformers' generate(), then all environments step.  (b) The same collector against lock-step
 on the same vLLM engine, with environments that take a random time per step (exponential, mean --delay): lock-step runs
 them in parallel threads and waits for the slowest, the collector goes on with those that have answered.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import os
 import random
 import statistics
@@ -26,7 +25,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder, whose rollout.py is this file
 
@@ -38,12 +36,13 @@ from tqdm import tqdm
 
 import envs
 from config import Config
-from envs import Observation, Task
-from model import Actor, load_actor
-from ranks import join_ranks
-from rollout import Engine, Episode, Play, Sample, Sampling, collect, make_engine, stable_seed, sync
+from distributed import init_distributed
+from engine import Completion, Engine, SamplingParams, make_engine, stable_seed, sync_weights
+from envs import Environment, Observation, Task
+from model import LanguageModel, load_model
+from rollout import Episode, EpisodeRunner, play
 
-Generate = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[Sample]]
+Generate = Callable[[Sequence[Sequence[int]], Sequence[SamplingParams]], list[Completion]]
 RUNS = {  # name -> (environments are slow, compared with)
     "transformers, lock-step": (False, ""),
     "continuous": (False, "transformers, lock-step"),
@@ -57,7 +56,7 @@ class SlowEnv:
 
     threaded = True
 
-    def __init__(self, env: Any, delay: float, seed: int) -> None:
+    def __init__(self, env: Environment, delay: float, seed: int) -> None:
         self.env, self.delay = env, delay
         self.random = random.Random(seed)
 
@@ -74,6 +73,8 @@ class SlowEnv:
 
 @dataclass(frozen=True)
 class Measurement:
+    """What one run took and made."""
+
     seconds: float
     episodes: int
     steps: int
@@ -81,78 +82,77 @@ class Measurement:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """Episodes and response tokens per second."""
+        """Return episodes and response tokens per second."""
         return self.episodes / self.seconds, self.tokens / self.seconds
 
 
-def padded_generate(actor: Actor, prompt_ids: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Sample]:
-    """One left-padded batch through transformers' generate(). It is spared the log-probs that vLLM returns."""
-    batch = actor.tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(actor.device)
-    end = actor.tokenizer.eos_token_id
-    output = actor.model.generate(
-        **batch, do_sample=True, temperature=sampling[0].temperature, top_p=1.0, top_k=0,
-        max_new_tokens=sampling[0].max_tokens, eos_token_id=end, pad_token_id=actor.tokenizer.pad_token_id,
+def padded_generate(
+    policy: LanguageModel, prompt_ids: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+) -> list[Completion]:
+    """Send one left-padded batch through transformers' generate(). It is spared the log-probs that vLLM returns."""
+    batch = policy.tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(policy.device)
+    end = policy.tokenizer.eos_token_id
+    output = policy.model.generate(
+        **batch, do_sample=True, temperature=params[0].temperature, top_p=1.0, top_k=0,
+        max_new_tokens=params[0].max_tokens, eos_token_id=end, pad_token_id=policy.tokenizer.pad_token_id,
     )  # fmt: skip
-    rows = output[:, batch["input_ids"].shape[1] :].tolist()
-    rows = [ids[: ids.index(end) + 1] if end in ids else ids for ids in rows]
-    return [Sample(ids, [0.0] * len(ids)) for ids in rows]
+    completions = output[:, batch["input_ids"].shape[1] :].tolist()
+    completions = [ids[: ids.index(end) + 1] if end in ids else ids for ids in completions]
+    return [Completion(ids, [0.0] * len(ids)) for ids in completions]
 
 
-def collect_in_lock_step(
-    generate: Generate, actor: Actor, pool: Sequence[Any], games: Sequence[Task], config: Config, iteration: int,
-    on_episode: Callable[[Episode], None],
+def play_in_lock_step(
+    generate: Generate, policy: LanguageModel, env_pool: Sequence[Environment], group_tasks: dict[int, Task],
+    config: Config, iteration: int,
 ) -> list[Episode]:  # fmt: skip
-    """What rollout.collect does, in batches of len(pool) episodes: all generate, then all act, until all are done."""
+    """Do what rollout.play does, in batches of len(env_pool) episodes: all generate, then all act, to the end."""
     members = range(config.rollout.group_size)
-    waiting = [Episode(task, group, member) for group, task in enumerate(games) for member in members]
-    with ThreadPoolExecutor(len(pool)) as threads:
-        in_order = threads.map if pool[0].threaded else map
-        for start in range(0, len(waiting), len(pool)):
-            live = [Play(episode, env) for episode, env in zip(waiting[start:], pool, strict=False)]
-            answers = in_order(lambda play: play.env.reset(play.episode.task), live)
-            while live := _unfinished(live, answers, config, on_episode):
-                for play in live:
-                    play.ask(actor, config)
-                sampling = [play.sampling(config, iteration, config.rollout.temperature) for play in live]
-                samples = generate([play.prompt_ids for play in live], sampling)
-                actions = [play.hear(actor, config, sample) for play, sample in zip(live, samples, strict=True)]
-                answers = in_order(lambda play, action: play.env.step(action), live, actions)
+    waiting = [Episode(task, group, member) for group, task in group_tasks.items() for member in members]
+    with ThreadPoolExecutor(len(env_pool)) as threads:
+        in_order = threads.map if env_pool[0].threaded else map
+        for start in range(0, len(waiting), len(env_pool)):
+            live = [EpisodeRunner(episode, env) for episode, env in zip(waiting[start:], env_pool, strict=False)]
+            answers = in_order(lambda runner: runner.env.reset(runner.episode.task), live)
+            while live := _unfinished(live, answers, config):
+                for runner in live:
+                    runner.build_prompt(policy, config)
+                params = [runner.sampling_params(config, iteration, config.rollout.temperature) for runner in live]
+                completions = generate([runner.prompt_ids for runner in live], params)
+                replies = zip(live, completions, strict=True)
+                actions = [runner.parse_completion(policy, config, completion) for runner, completion in replies]
+                answers = in_order(lambda runner, action: runner.env.step(action), live, actions)
     return waiting
 
 
-def _unfinished(
-    live: Sequence[Play], answers: Iterable[Observation], config: Config, on_episode: Callable[[Episode], None]
-) -> list[Play]:
-    """The episodes that go on after their environments' answers."""
-    over = [play.see(seen, config) for play, seen in zip(live, list(answers), strict=True)]
-    for play in itertools.compress(live, over):
-        on_episode(play.episode)
-    return [play for play, ended in zip(live, over, strict=True) if not ended]
+def _unfinished(live: Sequence[EpisodeRunner], answers: Iterable[Observation], config: Config) -> list[EpisodeRunner]:
+    """Take in the environments' answers; return the episodes that go on."""
+    over = [runner.observe(seen, config) for runner, seen in zip(live, list(answers), strict=True)]
+    return [runner for runner, ended in zip(live, over, strict=True) if not ended]
 
 
-def measure(name: str, engine: Engine, games: Sequence[Task], config: Config, delay: float, repeat: int) -> Measurement:
+def measure(name: str, engine: Engine, tasks: Sequence[Task], config: Config, delay: float, repeat: int) -> Measurement:
     """Play all episodes once, in the way that `name` says."""
     slow, opponent = RUNS[name]
-    total = len(games) * config.rollout.group_size
-    pool = [envs.make_env(config.env) for _ in range(min(config.rollout.concurrency, total))]
+    group_tasks = dict(enumerate(tasks))
+    env_pool = envs.make_pool(config.env, min(config.rollout.concurrency, len(tasks) * config.rollout.group_size))
     if slow:
-        pool = [SlowEnv(env, delay, stable_seed(config.seed, repeat, index)) for index, env in enumerate(pool)]
-    sync(engine, engine.actor)  # as before every iteration of training; it also empties the prefix cache
+        seeds = [stable_seed(config.seed, repeat, index) for index in range(len(env_pool))]
+        env_pool = [SlowEnv(env, delay, seed) for env, seed in zip(env_pool, seeds, strict=True)]
+    sync_weights(engine, engine.policy)  # as before every iteration of training; it also empties the prefix cache
     torch.manual_seed(stable_seed(config.seed, repeat))
-    with tqdm(total=total, desc=name, unit=" episodes", leave=False) as bar:
-        started = time.perf_counter()
-        if opponent:
-            episodes = collect(engine, pool, games, config, iteration=repeat, on_episode=lambda _: bar.update())
-        else:
-            generate = engine.generate if slow else lambda *batch: padded_generate(engine.actor, *batch)
-            episodes = collect_in_lock_step(generate, engine.actor, pool, games, config, repeat, lambda _: bar.update())
-        seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    if opponent:
+        episodes = play(engine, env_pool, group_tasks, config, iteration=repeat)
+    else:
+        generate = engine.generate if slow else lambda *batch: padded_generate(engine.policy, *batch)
+        episodes = play_in_lock_step(generate, engine.policy, env_pool, group_tasks, config, repeat)
+    seconds = time.perf_counter() - started
     steps = [step for episode in episodes for step in episode.steps]
     return Measurement(seconds, len(episodes), len(steps), sum(len(step.response_ids) for step in steps))
 
 
 def table(runs: dict[str, list[Measurement]]) -> str:
-    """Medians of every way of collecting and, under each pair, the ratios."""
+    """Lay out medians of every way of playing and, under each pair, the ratios."""
     lines = [f"{'':<36}{'seconds':>9}{'episodes':>10}{'steps':>8}{'tokens':>9}{'episodes/s':>18}{'tokens/s':>18}"]
     for name, taken in runs.items():
         mid = Measurement(*(statistics.median(column) for column in zip(*map(dataclasses.astuple, taken), strict=True)))
@@ -168,6 +168,7 @@ def table(runs: dict[str, list[Measurement]]) -> str:
 
 
 def main() -> None:
+    """Take the runs in turns, and print the table."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--ckpt", default="assets/base", help="model folder (default: %(default)s)")
     command.add_argument("--config", default="configs/quickstart.yaml", help="YAML (default: %(default)s)")
@@ -178,21 +179,21 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
     arguments = command.parse_args()
     config = configuration.load(arguments.config, [f"rollout.group_size={arguments.group_size}", *arguments.set])
-    join_ranks(config)
+    init_distributed(config)
     found = envs.tasks(config.env, config.env.level, "train")
-    games = random.Random(config.seed).sample(found, arguments.games)
-    actor = load_actor(config, path=arguments.ckpt)
-    engine = make_engine(config, actor)
+    tasks = random.Random(config.seed).sample(found, arguments.games)
+    policy = load_model(config, path=arguments.ckpt)
+    engine = make_engine(config, policy)
     brief = dataclasses.replace(config, env=dataclasses.replace(config.env, max_steps=2))
     for name in RUNS:
-        measure(name, engine, games[:1], brief, 0.01, -1)
+        measure(name, engine, tasks[:1], brief, 0.01, -1)
     runs: dict[str, list[Measurement]] = {name: [] for name in RUNS}
     for repeat in range(arguments.repeats):
         for name in RUNS:
-            runs[name].append(measure(name, engine, games, config, arguments.delay, repeat))
+            runs[name].append(measure(name, engine, tasks, config, arguments.delay, repeat))
             tqdm.write(f"repeat {repeat}: {name}: {runs[name][-1]}", file=sys.stderr)
-    in_flight = min(config.rollout.concurrency, len(games) * config.rollout.group_size)
-    print(f"{arguments.ckpt} on {actor.device}, {in_flight} episodes in flight, {arguments.delay} s per slow step; "
+    in_flight = min(config.rollout.concurrency, len(tasks) * config.rollout.group_size)
+    print(f"{arguments.ckpt} on {policy.device}, {in_flight} episodes in flight, {arguments.delay} s per slow step; "
           f"medians and ratios [min, max] of {arguments.repeats} runs; load {os.getloadavg()[0]:.1f}")  # fmt: skip
     print(table(runs), flush=True)
     engine.close()

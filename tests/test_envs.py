@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,82 +15,29 @@ import prompts
 from config import Config, ConfigError, EnvConfig
 
 ROOT = Path(__file__).parents[1]
-TOY = '''"""Walk a corridor to its end: the smallest environment there can be."""
-
-from envs import Observation, Task
-from prompts import EnvPrompt
-
-TASK_TYPES = ("near", "far", "farther")
-HELD_OUT_TYPES = ("farther",)
-PROMPT = EnvPrompt("Walk.\\n", "To: {task}\\n", "[{actions}] {reply_format}", "one", "a corridor", "walking", "a game")
-DOORS = {"near": 1, "far": 2, "farther": 3}
-
-
-def tasks(env_cfg, split):
-    return [Task("toy_env", kind, f"{kind}/{split}/{n}", split) for n in range(2) for kind in TASK_TYPES]
-
-
-def make(env_cfg):
-    return Corridor()
-
-
-class Corridor:
-    threaded = False
-
-    def reset(self, task):
-        self.left = DOORS[task.type]
-        return self.observe("A corridor.")
-
-    def step(self, action):
-        self.left -= action == "go on"
-        return self.observe("A step further." if action == "go on" else "You wait.")
-
-    def restart(self):
-        pass
-
-    def observe(self, text):
-        won = self.left == 0
-        return Observation(text, ("go on", "wait"), "reach the end", float(won), won, won)
-'''
-EXPERT = """
-
-class Walker:
-    actions_left = None
-
-    def reset(self, task):
-        return "go on"
-
-    def step(self, action):
-        return "go on"
-
-
-def make_expert(env_cfg, seed):
-    return Walker()
-
-
-def make_teacher(env_cfg, task):
-    return Guide()
-
-
-class Guide:
-    def judge(self, action, raised=False):
-        return int(action == "go on")
-
-    def best_action(self):
-        return "go on"
-"""
+TOY = Path(__file__).with_name("toy_environment.py")
+BARE = "from toy_env import PROMPT, TASK_TYPES, make, tasks\nHELD_OUT_TYPES = ()\n"  # nothing that is optional
+FAULTS = {
+    "one_type": "TASK_TYPES = ('find')",
+    "other_type": "HELD_OUT_TYPES = ('ligth',)",
+    "braces": "PROMPT = dataclasses.replace(PROMPT, closing='You can {action}.')",
+    "no_env": "def make(env_cfg): return [env_cfg]",
+    "twins": "original = tasks\ndef tasks(env_cfg, split): return original(env_cfg, split) * 2",
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A user's folder, with environments in it."""
     folder = tmp_path_factory.mktemp("users")
-    (folder / "toy_env.py").write_text(TOY + EXPERT)
-    (folder / "bare_env.py").write_text(TOY.replace('("farther",)', "()"))
+    shutil.copy(TOY, folder / "toy_env.py")
+    (folder / "bare_env.py").write_text(BARE)
     (folder / "half_env.py").write_text('TASK_TYPES = ("a",)\nHELD_OUT_TYPES = ()\n')
     (folder / "needy_env.py").write_text("import needy\n")  # a missing module whose name begins like its own
     (folder / "toys").mkdir()
-    (folder / "toys" / "inner_env.py").write_text(TOY)
+    shutil.copy(TOY, folder / "toys" / "inner_env.py")
+    for name, fault in FAULTS.items():
+        (folder / f"{name}.py").write_text(f"import dataclasses\nfrom toy_env import *\n{fault}\n")
     return folder
 
 
@@ -122,10 +70,13 @@ def test_a_module_in_the_current_folder_loads(there):
     task = envs.tasks(env_cfg, "L2", "eval")[0]
     assert envs.play(env_cfg, task).splitlines()[-1] == "won: True, score: 1.0"
     assert [env.reset(task).done for env in envs.make_pool(env_cfg, 3)] == [False] * 3
-    assert envs.make_teacher(env_cfg, task).best_action() == "go on"
-    ctx = prompts.PromptContext("toy_env", "reach the end", "A corridor.", ("go on", "wait"))
-    assert prompts.build_prompt(ctx).startswith("Walk.\nTo: reach the end\nYour current observation is: A corridor.\n[")
-    assert envs.load("toys.inner_env").TASK_TYPES == ("near", "far", "farther")
+    assert envs.make_teacher(env_cfg, task).best_action().startswith("go to the ")
+    ctx = prompts.PromptContext("toy_env", "open the door", "You are here.", ("go", "wait"))
+    assert prompts.build_prompt(ctx).startswith(
+        "You are in an old lighthouse. Your task is to open the door.\nYour current observation is: You are here.\n"
+        "Here you can ['go'\n 'wait'].\nIt is your turn: reason step by step. This reasoning process"
+    )
+    assert envs.load("toys.inner_env").TASK_TYPES == ("find", "open", "light")
 
 
 @pytest.mark.parametrize(
@@ -140,11 +91,23 @@ def test_a_module_in_the_current_folder_loads(there):
         (".toy_env", "is neither"),
         ("toys..inner_env", "is neither"),
         ("half_env", "env.name='half_env': half_env is no environment, it lacks PROMPT, tasks, make"),
+        ("one_type", r"TASK_TYPES is one text, not several: \('find',\) has a comma"),
+        ("other_type", "HELD_OUT_TYPES has 'ligth'; did you mean 'light'"),
+        ("braces", "PROMPT.closing has {action}; did you mean 'actions'"),
     ],
 )
 def test_a_name_that_is_no_environments(there, name, message):
     with pytest.raises(ConfigError, match=message):
         envs.load(name)
+
+
+def test_what_no_environment_makes_or_lists(there):
+    with pytest.raises(
+        ConfigError, match=r"no_env's make\(env_cfg\) gives a list, which lacks reset, step, restart, thr"
+    ):
+        envs.make_pool(EnvConfig(name="no_env"), 2)
+    with pytest.raises(ConfigError, match="twins has two tasks of the same id in split 'seen'"):
+        envs.tasks(EnvConfig(name="twins"), "L0", "eval")
 
 
 def test_what_an_environment_itself_lacks_is_not_hidden(there):
@@ -158,7 +121,9 @@ def test_an_environment_without_expert_or_teacher(there):
     with pytest.raises(ConfigError, match="bare_env has no make_expert.*: a cold start needs it, or rows of your own"):
         envs.make_expert(env_cfg)
     for ask in (lambda: envs.check_teacher(env_cfg), lambda: envs.make_teacher(env_cfg, task)):
-        with pytest.raises(ConfigError, match="bare_env has no make_teacher.*: set judge.teacher=none or openai"):
+        with pytest.raises(
+            ConfigError, match="bare_env has no make_teacher.*: set judge.teacher=none or openai, for a"
+        ):
             ask()
 
 
@@ -169,35 +134,39 @@ def test_an_environment_without_expert_or_teacher(there):
 @pytest.mark.parametrize(
     ("level", "phase", "split", "types"),
     [
-        ("L0", "train", "train", ("near", "far", "farther")),
-        ("L1", "train", "train", ("near", "far", "farther")),
-        ("L2", "train", "train", ("near", "far")),
-        ("L0", "eval", "seen", ("near", "far", "farther")),
-        ("L1", "eval", "unseen", ("near", "far", "farther")),
-        ("L2", "eval", "unseen", ("farther",)),
+        ("L0", "train", "train", ("find", "open", "light")),
+        ("L1", "train", "train", ("find", "open", "light")),
+        ("L2", "train", "train", ("find", "open")),
+        ("L0", "eval", "seen", ("find", "open", "light")),
+        ("L1", "eval", "unseen", ("find", "open", "light")),
+        ("L2", "eval", "unseen", ("light",)),
     ],
 )
 def test_levels_are_composed_of_splits(there, level, phase, split, types):
     env_cfg = EnvConfig(name="toy_env", level="L2")  # env.level is that of training: it does not matter here
     expected = [task for task in envs.load("toy_env").tasks(env_cfg, split) if task.type in types]
-    assert envs.tasks(env_cfg, level, phase) == expected and len(expected) == 2 * len(types)
+    assert envs.tasks(env_cfg, level, phase) == expected
+    assert len(expected) == (10 if split == "unseen" else 15) * len(types)
 
 
 def test_types_and_held_out_types_of_the_config(there):
-    env_cfg = EnvConfig(name="toy_env", task_types=("far", "near"), held_out_types=("far", "farther"))
+    env_cfg = EnvConfig(name="toy_env", task_types=("open", "find"), held_out_types=("open", "light"))
 
     def found(level: str, phase: str) -> set[str]:
         return {task.type for task in envs.tasks(env_cfg, level, phase)}
 
-    assert found("L0", "train") == found("L1", "train") == found("L0", "eval") == found("L1", "eval") == {"near", "far"}
-    assert found("L2", "train") == {"near"} and found("L2", "eval") == {"far", "farther"}
+    assert found("L0", "train") == found("L1", "train") == {"find", "open"}
+    assert found("L0", "eval") == found("L1", "eval") == {"find", "open"}
+    assert found("L2", "train") == {"find"} and found("L2", "eval") == {"open", "light"}
 
 
 def test_a_level_without_tasks_is_explained(there):
-    with pytest.raises(ConfigError, match=r"level L2 \(eval\) has no tasks of types none \(no type is held out\)"):
+    with pytest.raises(
+        ConfigError, match=r"level L2 \(eval\) has no tasks of types none \(no type is held out: leave L2 out of eval"
+    ):
         envs.tasks(EnvConfig(name="bare_env"), "L2", "eval")
     with pytest.raises(ConfigError, match=r"L2 \(train\) has no tasks of types .* in split 'train' in games$"):
-        envs.tasks(EnvConfig(name="toy_env", data="games", task_types=("farther",)), "L2", "train")
+        envs.tasks(EnvConfig(name="toy_env", data="games", task_types=("light",)), "L2", "train")
 
 
 @pytest.mark.parametrize(("level", "phase"), [("L3", "train"), ("L0", "test"), ("", "eval")])
@@ -226,7 +195,7 @@ def test_task_types_are_the_environments_own_unless_named():
         ({"name": "scienceworld", "task_types": ("pick_and_place_simple",)}, "unknown task type"),
         ({"name": "scienceworld", "simplification": "esay"}, "'easy'"),
         ({"name": "scienceworld", "simplification": "openDoors,noElectricalAction"}, "without a solution"),
-        ({"name": "toy_env", "task_types": ("fra",)}, "'far'"),
+        ({"name": "toy_env", "task_types": ("opne",)}, "'open'"),
     ],
 )
 def test_options_are_checked_against_the_environment(there, fields, message):
@@ -291,9 +260,9 @@ def test_splits_of_all_environments_also_without_the_data_of_one(tmp_path):
 
 def test_splits_of_one_environment(tmp_path, folder, small_games):
     lines = command("--splits", "--env", "toy_env", cwd=folder).stdout.splitlines()
-    assert lines[-1].split() == ["all", "6", "6", "6", "6", "4", "2"] and len(lines) == 5
+    assert lines[-1].split() == ["all", "45", "45", "45", "30", "30", "10"] and len(lines) == 5
     lines = command("--splits", "--env", "bare_env", cwd=folder).stdout.splitlines()
-    assert lines[-1].split() == ["all", "6", "6", "6", "6"]  # nothing is held out: there is no level L2
+    assert lines[-1].split() == ["all", "45", "45", "45", "30"]  # nothing is held out: there is no level L2
     lines = command("--splits", "--env", "alfworld", "--data", small_games, cwd=tmp_path).stdout.splitlines()
     assert lines[-1].split() == ["all", "24", "12", "24", "12", "16", "4"]
     done = command("--splits", "--env", "alfworld", cwd=tmp_path)
@@ -311,7 +280,7 @@ def test_an_episode_is_printed(folder, small_games, name):
 
 def test_what_cannot_be_printed_is_one_line(folder):
     for arguments, message in (
-        (["--play", "toy_env", "--task", "6"], "--task 6: there are tasks 0 to 5"),
+        (["--play", "toy_env", "--task", "45"], "--task 45: there are tasks 0 to 44"),
         (["--play", "bare_env"], "the environment bare_env has no make_expert"),
         (["--gold", "--env", "toy_env"], "the environment toy_env has no expert_table(env_cfg)"),
         (["--splits", "--env", "toy_evn"], "env.name='toy_evn' is neither under environments/"),

@@ -9,8 +9,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import corridor
 import pytest
+import toy_environment
 
 import envs
 import prompts
@@ -212,25 +212,27 @@ def test_rlvmrs_tags() -> None:
 @pytest.mark.parametrize("style", ["think", "rlvmr"])
 def test_an_expert_and_a_teacher_make_a_cold_start(style: str) -> None:
     """A user's environment needs no words: those of every prompt are said."""
-    sft = SFTConfig(variant="generative", episodes=40, judge_examples=16, guided=0.5)
-    config = Config(prompt_style=style, env=EnvConfig(name="corridor"), sft=sft)
+    sft = SFTConfig(variant="generative", episodes=45, judge_examples=16, guided=0.5)
+    config = Config(prompt_style=style, env=EnvConfig(name="toy_environment"), sft=sft)
     rows = [read(row) for row in make_rows(config)]
-    replies = [prompts.parse_reply(answer, style, "corridor") for _, answer in rows[:-16]]
-    assert len(rows) == 40 / 4 * (1 + 2 + 3 + 4) + 16
-    assert all(reply.valid and reply.action == "go north" for reply in replies)
-    assert {reply.tag for reply in replies} == {"think"} if style == "think" else {"planning", "explore"}
+    replies = [prompts.parse_reply(answer, style, "toy_environment") for _, answer in rows[:-16]]
+    assert len(rows) == 45 / 3 * (2 + 4 + 6) + 16
+    taken = Counter(reply.action for reply in replies if reply.valid)
+    assert (taken["take the key"], taken["open the door"], taken["light the lamp"]) == (45, 30, 15)
+    assert sum(taken.values()) == len(replies) and "" not in taken
+    assert {reply.tag for reply in replies} == ({"think"} if style == "think" else {"planning", "explore", "monitor"})
     later = next(reply.thought for (prompt, _), reply in zip(rows, replies, strict=False) if "Prior to" in prompt)
     assert re.fullmatch(
-        r"My task is: Leave it\. Last I did go north, and: \d steps are left\. Now I should go north\.", later
+        r"My task is: [a-z ]+\. Last I did go to the \w+, and: You are in the \w+\. Now I should take the key\.", later
     )
     assert 0.3 < sum(GUIDED in prompt for prompt, _ in rows[:-16]) / len(replies) < 0.7
     critiques = [prompts.parse_critique(answer) for _, answer in rows[-16:]]
     assert [found.score for found in critiques] == [0] * 8 + [1] * 8
-    assert all(found.advice and found.action == (None if found.score else "go north") for found in critiques)
+    assert all(found.advice and bool(found.action) == (found.score == 0) for found in critiques)
 
 
 def test_plain_words_of_a_step() -> None:
-    ctx = PromptContext("corridor", "Leave it.", "3 steps are left.", ("go north", "wait"), style="rlvmr")
+    ctx = PromptContext("toy_environment", "Leave it.", "3 steps are left.", ("go north", "wait"), style="rlvmr")
     assert make_reply(ctx, "wait") == (
         "<planning>Plan: Leave it. My task is: Leave it. I begin. Now I should wait.</planning><action>wait</action>"
     )
@@ -433,27 +435,35 @@ def test_a_limit_under_which_the_expert_never_wins(small_games: Path) -> None:
         list(make_rows(dataclasses.replace(config, env=dataclasses.replace(config.env, max_steps=2))))
 
 
-@pytest.mark.parametrize(("max_steps", "played", "tried"), [(2, ["1", "2"], None), (0, [], 4 + 2)])
+@pytest.mark.parametrize(("max_steps", "played"), [(2, {"find"}), (4, {"find", "open"}), (1, set())])
 def test_an_expert_that_knows_its_way_is_not_tried_in_vain(
-    max_steps: int, played: list[str], tried: int | None, monkeypatch: pytest.MonkeyPatch
+    max_steps: int, played: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is too long for it is passed over without being played, and once for all."""
     resets = {"expert": [], "env": []}
-    for name, cls in (("expert", corridor.Expert), ("env", corridor.Corridor)):
 
-        def reset(self, task: envs.Task, name: str = name, reset=cls.reset):
-            resets[name].append(task.id)
-            return reset(self, task)
+    class Game(toy_environment.Lighthouse):
+        def reset(self, task: envs.Task) -> envs.Observation:
+            resets["env"].append(task.type)
+            return super().reset(task)
 
-        monkeypatch.setattr(cls, "reset", reset)
-    config = Config(env=EnvConfig(name="corridor", max_steps=max_steps), sft=SFTConfig(episodes=2))
+    def follow(self, task: envs.Task, reset=toy_environment.Guide.reset) -> str:
+        resets["expert"].append(task.type)
+        return reset(self, task)
+
+    monkeypatch.setattr(toy_environment, "make", lambda env_cfg: Game())
+    monkeypatch.setattr(toy_environment.Guide, "reset", follow)
+    config = Config(env=EnvConfig(name="toy_environment", max_steps=max_steps), sft=SFTConfig(episodes=20))
     if played:
-        assert len(list(make_rows(config))) == 3
+        rows = list(make_rows(config))
+        assert len(resets["env"]) == 20 and len(resets["expert"]) > 20
+        assert len(rows) == 2 * resets["env"].count("find") + 4 * resets["env"].count("open")
     else:
         with pytest.raises(ConfigError, match="env.max_steps"):
             list(make_rows(config))
-        assert len(resets["expert"]) == tried  # each task, the first one again, and a look at what is left of it
-    assert sorted(resets["env"]) == played
+        # each of the 45 tasks, the first one again, and a look at what is left of it
+        assert len(resets["expert"]) == 45 + 2
+    assert set(resets["env"]) == played
 
 
 def test_losses_do_not_add_up_over_a_long_run(small_games: Path) -> None:
@@ -520,6 +530,19 @@ def test_other_settings_or_other_games_make_another_file(
     shutil.rmtree(alfworld.game_path(base.env, gone))
     alfworld._scan.cache_clear()  # as in a new process
     assert rows_file(base) not in paths
+
+
+def test_an_edited_environment_makes_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever writes one would train on what it said before."""
+    module = tmp_path / "edited_game.py"
+    shutil.copy(toy_environment.__file__, module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = Config(env=EnvConfig(name="edited_game"), sft=SFTConfig(episodes=4))
+    path = rows_file(config)
+    assert rows_file(config, make=None) == path
+    module.write_text(module.read_text().replace("old lighthouse", "new lighthouse"))
+    assert rows_file(config) != path
 
 
 def test_an_interrupted_file_is_not_taken_for_a_whole_one(

@@ -19,7 +19,7 @@ from tools import tiny_base_model
 
 TOY = Path(__file__).with_name("toy_environment.py")
 YAML = """
-env: {name: my_games.lighthouse, level: L2, max_steps: 8, history: 1}
+env: {name: my_games.lighthouse, level: L2, max_steps: 6, history: 1}
 model: {path: base}
 algo: {advantage: gigpo}
 rollout: {engine: transformers, groups: 4, group_size: 4, temperature: 0.7, max_prompt_tokens: 600,
@@ -27,10 +27,11 @@ rollout: {engine: transformers, groups: 4, group_size: 4, temperature: 0.7, max_
 judge: {enabled: true, teacher: expert, questions: 8, group_size: 4, max_response_tokens: 100}
 guidelines: {every: 1, writer: medoid}
 train: {iterations: 2, lr: 1.0e-4, coupling_every: 0}
-sft: {variant: generative, episodes: 96, judge_examples: 60, epochs: 12, lr: 3.0e-3, samples_per_update: 8}
+sft: {variant: generative, episodes: 96, judge_examples: 48, guided: 0.3, epochs: 7, lr: 3.0e-3, samples_per_update: 8}
 eval: {games: 6, seeds: 2}
 """
 REQUIRED = "from my_games.lighthouse import HELD_OUT_TYPES, PROMPT, TASK_TYPES, make, tasks"
+BASE = f"model.path={tiny.ROOT / 'assets' / 'base'}"  # some model, for what ends before one is loaded
 COLD_START = "runs/cold_start/checkpoints/latest"
 
 
@@ -70,15 +71,15 @@ def test_a_cold_start_a_training_and_an_evaluation(there: Path) -> None:
     rows = [row["messages"] for row in sft_data.make_rows(load())]
     texts = [question["content"] + answer["content"] for question, answer in rows]
     assert not any("Your task is to light" in text for text in texts)  # L2 holds it out
-    sizes = dict(hidden=64, layers=2, heads=2, vocab=800)
+    sizes = dict(hidden=128, layers=2, heads=4, vocab=500)
     tiny_base_model.save(*tiny_base_model.build(texts, seed=0, **sizes), there / "base")
 
     printed = tiny.run("train_sft.py", "config.yaml", "--set", "name=cold_start", cwd=there)
-    assert printed.splitlines()[-1] == f"{len(rows)} rows, 12 epochs: {COLD_START}"
+    assert printed.splitlines()[-1] == f"{len(rows)} rows, 7 epochs: {COLD_START}"
     made = list((there / "data" / "sft").iterdir())
     assert len(made) == 1 and [json.loads(line)["messages"] for line in made[0].open()] == rows
     lines = tiny.metrics_of(there / "runs" / "cold_start")
-    assert lines[-1]["train/nll_per_token"] < 0.3 < 1.5 < lines[0]["train/nll_per_token"]
+    assert lines[-1]["train/nll_per_token"] < 0.3 < lines[0]["train/nll_per_token"]
 
     tiny.run("train_rl.py", "config.yaml", "--set", "name=rl", f"model.path={COLD_START}", cwd=there)
     check_training(there / "runs" / "rl")
@@ -98,7 +99,7 @@ def check_training(run: Path) -> None:
         assert {episode["task"]["env"] for episode in episodes} == {"my_games.lighthouse"}
         assert {episode["task"]["type"] for episode in episodes} <= {"find", "open"}
         assert line["rollout/success"] == sum(episode["won"] for episode in episodes) / 16
-        assert line["rollout/invalid"] < 0.8 and line["rollout/score"] > 0
+        assert line["rollout/invalid"] < 0.5 and line["rollout/score"] > 0
         teachers = [step for step in steps if step["label_source"] == "teacher"]
         assert len(teachers) == line["judge/label_good_teacher"] > 0
         assert all(step["label"] == 1 and step["available"] for step in teachers)
@@ -106,6 +107,7 @@ def check_training(run: Path) -> None:
         assert line["judge/questions"] == len(extra["questions"]) == 8
         assert line["train/samples"] == len(steps) and line["judge/samples"] == 8 * 4
         assert line["train/skipped_steps"] == 0 and line["mismatch/weight_sync"] < 1e-3
+    assert lines[0]["rollout/success"] + lines[1]["rollout/success"] > 0  # the cold start has taught something
 
 
 def check_evaluation(run: Path) -> None:
@@ -114,10 +116,12 @@ def check_evaluation(run: Path) -> None:
     played = [json.loads(line) for line in (run / "eval_episodes.jsonl").open()]
     for number, (level, result) in enumerate(record["levels"].items()):
         episodes = played[12 * number : 12 * (number + 1)]
-        assert result["episodes"] == len(episodes) == 12
+        assert result["n"] == len(episodes) == 12
         assert result["success"] == sum(episode["won"] for episode in episodes) / 12
         assert {episode["task"]["split"] for episode in episodes} == {envs.SPLITS[level]}
         assert set(result["types"]) <= {"find", "open", "light"}
+    assert record["guidelines"]  # what right critiques advised
+    assert record["guidelines"] == json.loads((run / "checkpoints" / "latest" / "guidelines.json").read_text())
     assert set(record["levels"]["L2"]["types"]) == {"light"} and record["levels"]["L2"]["trained_on"] == []
 
 
@@ -127,10 +131,9 @@ def check_evaluation(run: Path) -> None:
 
 def test_without_expert_and_teacher_one_can_train_and_learn_rows_of_ones_own(there: Path) -> None:
     (there / "rows.jsonl").write_text("")
-    train_sft.preflight(load("env.name=my_games.bare", "sft.data=rows.jsonl"), 1)
-    base = f"model.path={tiny.ROOT / 'assets' / 'base'}"
-    tasks = train_rl.preflight(load("env.name=my_games.bare", "judge.teacher=none", base), 1)
-    assert len(tasks) == 32 and {task.env for task in tasks} == {"my_games.bare"}
+    train_sft.preflight(load("env.name=my_games.bare", "sft.data=rows.jsonl", BASE), 1)
+    tasks = train_rl.preflight(load("env.name=my_games.bare", "judge.teacher=none", BASE), 1)
+    assert len(tasks) == 30 and {task.env for task in tasks} == {"my_games.bare"}
 
 
 @pytest.mark.parametrize(
@@ -143,13 +146,12 @@ def test_without_expert_and_teacher_one_can_train_and_learn_rows_of_ones_own(the
     ],
 )
 def test_what_is_lacking_is_one_clear_error(there: Path, preflight, name: str, overrides: list, message: str) -> None:
-    base = f"model.path={tiny.ROOT / 'assets' / 'base'}"
     with pytest.raises(ConfigError, match=rf"^the environment my_games\.{name} has no {message}[^\n]*$"):
-        preflight(load(base, f"env.name=my_games.{name}", *overrides), 1)
+        preflight(load(BASE, f"env.name=my_games.{name}", *overrides), 1)
 
 
 def test_the_error_of_a_command_is_one_line(there: Path) -> None:
-    command = tiny.command("train_sft.py", "config.yaml", "--set", "env.name=my_games.no_expert")
+    command = tiny.command("train_sft.py", "config.yaml", "--set", "env.name=my_games.no_expert", BASE)
     done = subprocess.run(command, cwd=there, env=tiny.environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: the environment my_games.no_expert has no make_expert(env_cfg, seed): a cold")

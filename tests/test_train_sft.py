@@ -8,11 +8,11 @@ import types
 from pathlib import Path
 from types import SimpleNamespace
 
-import corridor
 import numpy as np
 import pytest
 import tiny
 import torch
+import toy_environment
 from transformers import get_cosine_schedule_with_warmup
 
 import train_sft
@@ -25,37 +25,37 @@ from train_sft import imitate, learning_rate, preflight, tokenise, updates
 # The start
 
 
-def in_the_corridor(**sft) -> Config:
-    return Config(env=EnvConfig(name="corridor"), sft=SFTConfig(**sft))
+def in_the_lighthouse(**sft) -> Config:
+    return Config(env=EnvConfig(name="toy_environment"), sft=SFTConfig(**sft))
 
 
 @pytest.mark.parametrize(
     ("sft", "message"),
     [
-        ({"noise": 0.1}, r"sft.noise=0.1: the environment corridor has no TEMPLATES.slip; set it to 0"),
-        ({"idle": 0.2}, r"sft.idle=0.2: the environment corridor has no TEMPLATES.idle; set it to 0"),
+        ({"noise": 0.1}, r"sft.noise=0.1: the environment toy_environment has no TEMPLATES.slip; set it to 0"),
+        ({"idle": 0.2}, r"sft.idle=0.2: the environment toy_environment has no TEMPLATES.idle; set it to 0"),
         ({"data": "nosuch.jsonl"}, r"sft.data=nosuch.jsonl does not exist"),
         ({"samples_per_update": 3}, r"sft.samples_per_update=3 does not divide over 2 ranks"),
     ],
 )
 def test_what_stops_a_run_at_its_start(sft: dict, message: str) -> None:
-    preflight(in_the_corridor(variant="generative"), 2)
+    preflight(in_the_lighthouse(variant="generative"), 2)
     with pytest.raises(ConfigError, match=message):
-        preflight(in_the_corridor(**sft), 2)
+        preflight(in_the_lighthouse(**sft), 2)
 
 
 def test_what_an_environment_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = types.ModuleType("bare_corridor")
+    bare = types.ModuleType("bare_environment")
     for name in ("TASK_TYPES", "HELD_OUT_TYPES", "PROMPT", "tasks", "make", "make_expert"):
-        setattr(bare, name, getattr(corridor, name))
-    monkeypatch.setitem(sys.modules, "bare_corridor", bare)
-    there = dataclasses.replace(in_the_corridor(), env=EnvConfig(name="bare_corridor"))
+        setattr(bare, name, getattr(toy_environment, name))
+    monkeypatch.setitem(sys.modules, "bare_environment", bare)
+    there = dataclasses.replace(in_the_lighthouse(), env=EnvConfig(name="bare_environment"))
     preflight(there, 1)
     generative = dataclasses.replace(there, sft=SFTConfig(variant="generative"))
-    with pytest.raises(ConfigError, match="bare_corridor has no make_teacher"):
+    with pytest.raises(ConfigError, match="bare_environment has no make_teacher"):
         preflight(generative, 1)
     del bare.make_expert
-    with pytest.raises(ConfigError, match=r"bare_corridor has no make_expert.*sft.data=FILE"):
+    with pytest.raises(ConfigError, match=r"bare_environment has no make_expert.*sft.data=FILE"):
         preflight(there, 1)
     file = tmp_path / "rows.jsonl"
     file.write_text("")
@@ -66,7 +66,7 @@ def test_rows_of_ones_own(tmp_path: Path) -> None:
     """No expert, no environment's words: the file's rows are learned as they stand."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(chat(f"question {n}", f"answer {n}")) + "\n" for n in range(3)))
-    rows = train_sft.load_rows(in_the_corridor(data=str(file)))
+    rows = train_sft.load_rows(in_the_lighthouse(data=str(file)))
     assert rows == [{"prompt": f"question {n}", "response": f"answer {n}"} for n in range(3)]
 
 

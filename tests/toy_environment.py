@@ -29,7 +29,7 @@ def tasks(env_cfg: EnvConfig, split: str) -> list[Task]:
     """List a split's tasks: "seen" has the houses of "train" with the key in the other room, "unseen" has others."""
     found = []
     for kind, (number, rooms), key in product(TASK_TYPES, enumerate(HOUSES), (0, 1)):
-        if split == ("unseen" if number % 4 == 3 else ("train", "seen")[(number + key) % 2]):
+        if split == ("unseen" if number % 4 == 3 else "seen" if (number + key) % 2 else "train"):
             found.append(Task(env_cfg.name, kind, "-".join([kind, *rooms, rooms[key]]), split))
     return found
 
