@@ -402,6 +402,11 @@ def check_world(config: Config, world: int) -> None:
             raise ConfigError(f"{key}={value} does not divide over {ranks}{why}; set it to {near}")
 
 
+def world_size() -> int:
+    """Return the number of ranks that torchrun starts, or 1 without it; known before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def run_folder(checkpoint: str | Path) -> Path | None:
     """Return the folder of the run that a checkpoint belongs to, or None for any other model."""
     folder = Path(checkpoint)

@@ -64,10 +64,10 @@ def main() -> None:
     config = _config(arguments, run)
     out = arguments.out or run or Path("runs") / f"eval_{Path(arguments.ckpt).name}"
 
-    rank, _ = init_distributed(config)
     envs.check(config.env)
     for level in config.eval.levels:
         evaluation_tasks(config, level)  # what is missing fails before the model is loaded
+    rank, _ = init_distributed(config)
     policy = load_model(config, path=arguments.ckpt, train=False)
     guidelines_file = Path(arguments.ckpt) / "guidelines.json"
     guidelines = json.loads(guidelines_file.read_text()) if guidelines_file.is_file() else []

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -33,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+import config as configuration
 from config import Config, ConfigError
 from distributed import (
     FsdpRoot,
@@ -171,7 +171,7 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 def use_fsdp(config: Config) -> bool:
     """Tell whether weights that are trained are sharded over the ranks."""
-    alone = dist.get_world_size() == 1 if dist.is_initialized() else True
+    alone = configuration.world_size() == 1
     auto = config.model.tune == "full" and select_device(config).type == "cuda"
     return not alone and {"auto": auto, "always": True, "never": False}[config.model.shard]
 

@@ -92,8 +92,8 @@ def main() -> None:
 
 def train(config: Config) -> None:
     """Run the loop until train.iterations are done, or until the machine is taken away."""
+    tasks = preflight(config, configuration.world_size())  # what is wrong ends the run here, in seconds
     rank, world = init_distributed(config)
-    tasks = preflight(config, world)  # what is wrong with a config ends the run here, in seconds
     state = checkpoint.resume(config)  # an earlier process's, or the start
     policy, optimizer = load_policy(config, state)
     reference = load_reference(config, policy)  # None without a KL term
@@ -233,7 +233,7 @@ def load_policy(config: Config, state: TrainState) -> tuple[LanguageModel, Optim
 
 def dry_run(config: Config) -> str:
     """Describe the resolved config and what one iteration will do. Raises ConfigError where it does not divide."""
-    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_config(config, configuration.world_size())
     episodes = config.rollout.groups * config.rollout.group_size
     critiques = config.judge.questions * config.judge.group_size if config.judge.enabled else 0
     steps = -(-episodes * config.env.max_steps // config.train.samples_per_update)

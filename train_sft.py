@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +47,7 @@ def main() -> None:
     command.add_argument("--dry-run", action="store_true", help="print the resolved config and check its arithmetic")
     arguments = command.parse_args()
     config = configuration.load(arguments.config, arguments.set)
-    preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
+    preflight(config, configuration.world_size())
     if arguments.dry_run:
         return print(configuration.dump(config))
     init_distributed(config)

@@ -9,7 +9,6 @@ and both mean losses add up.  The checkpoint is a language model as any other; t
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ def main() -> None:
     command.add_argument("--dry-run", action="store_true", help="print the resolved config and check its arithmetic")
     arguments = command.parse_args()
     config = configuration.load(arguments.config, arguments.set)
-    preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
+    preflight(config, configuration.world_size())
     if arguments.dry_run:
         return print(configuration.dump(config))
     init_distributed(config)
