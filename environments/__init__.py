@@ -1,0 +1,1 @@
+"""Environments: each is one module, and its engine; envs.py says what a module offers."""
