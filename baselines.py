@@ -198,9 +198,10 @@ class PPO:
                 sums["tokens"] += len(value_T)
             save = functools.partial(save_bad_samples, batch, self.critic, self.config, iteration)
             norm = self.optimizer.step(lr, train.max_grad_norm, save)
-            sums["grad_norm" if math.isfinite(norm) else "skipped"] += (
-                norm / world if math.isfinite(norm) else 1 / world
-            )
+            if math.isfinite(norm):
+                sums["grad_norm"] += norm / world
+            else:
+                sums["skipped"] += 1 / world
         self.critic.model.eval()
         sums = defaultdict(float, sum_dicts(all_gather_objects([sums])))
         trained = [sample for sample in samples if sample.returns is not None]

@@ -104,8 +104,8 @@ def train(config: Config) -> None:
     engine = make_engine(config, policy)
     teacher = judge.make_api_teacher(config, engine.num_replicas, state.teacher_spent)
     # as many environments as this engine's share has episodes: more would idle
-    episodes = len(engine.share(config.rollout.groups)) * config.rollout.group_size
-    env_pool = envs.make_pool(config.env, min(config.rollout.concurrency, episodes))
+    in_flight = min(config.rollout.concurrency, len(engine.share(config.rollout.groups)) * config.rollout.group_size)
+    env_pool = envs.make_pool(config.env, in_flight)
     logger, preemption, saved_at = Logger(config, state), PreemptionSignal(), state.iteration
 
     while state.iteration < config.train.iterations:
@@ -252,9 +252,11 @@ def dry_run(config: Config) -> str:
 
 def sample_tasks(tasks: Sequence[envs.Task], config: Config, iteration: int) -> dict[int, envs.Task]:
     """Draw an iteration's tasks, by group: the training list is walked in a new random order each time round."""
-    order = functools.cache(
-        lambda lap: random.Random(f"tasks {config.seed} {lap}").sample(range(len(tasks)), len(tasks))
-    )
+
+    @functools.cache
+    def order(lap: int) -> list[int]:
+        return random.Random(f"tasks {config.seed} {lap}").sample(range(len(tasks)), len(tasks))
+
     group_tasks = {}
     for group in range(config.rollout.groups):  # they may lie in two laps
         lap, position = divmod(iteration * config.rollout.groups + group, len(tasks))
@@ -335,6 +337,7 @@ def update(
     sums: dict[str, float] = defaultdict(float)
     policy.model.train()  # no dropout (load_model sees to it), but gradient checkpointing works in this mode alone
     for number, batch in enumerate(progress_bar(batches, desc="update", unit=" steps")):
+        # a sample whose loss is exactly 0 counts in the denominators, and need not be computed
         denominators = count_loss_tokens(batch)
         computed = [sample for sample in batch[rank] if has_gradient(sample, config)]
         groups = micro_batches(computed, train.tokens_per_micro_batch, policy.packed)
@@ -355,12 +358,16 @@ def update(
             sums["tokens"] += tokens
             sums["padded"] += tokens if policy.packed else max(sample.num_tokens for sample in part) * len(part)
         save = functools.partial(save_bad_samples, batch, policy, config, iteration)
-        norm = optimizer.step(lr, train.max_grad_norm, save)  # the same on every rank, and sums are added over ranks
-        sums["grad_norm" if math.isfinite(norm) else "skipped"] += norm / world if math.isfinite(norm) else 1 / world
+        norm = optimizer.step(lr, train.max_grad_norm, save)
+        if math.isfinite(norm):
+            sums["grad_norm"] += norm / world  # the norm is the same on every rank, and ranks' sums are added up
+        else:
+            sums["skipped"] += 1 / world
     policy.model.eval()
 
     if train.old_logprobs == "trainer":  # every rank knows all samples' gaps, and sums up its share
-        gaps = [one.old_logprobs - one.engine_logprobs for one in samples[rank::world] if one.old_logprobs is not None]
+        scored = [sample for sample in samples[rank::world] if sample.old_logprobs is not None]
+        gaps = [sample.old_logprobs - sample.engine_logprobs for sample in scored]
     return {"train/lr": lr} | update_metrics(sums, np.concatenate(gaps or [np.zeros(0)]), len(batches))
 
 
@@ -368,7 +375,7 @@ def count_loss_tokens(batch: Sequence[Sequence[Sample]]) -> dict[bool, tuple[int
     """Count (response tokens, samples) in the loss of a mini-batch, over all ranks: of actions and of critiques."""
     counts = {}
     for kind in (False, True):
-        tokens = [one.num_loss_tokens for share in batch for one in share if one.is_critique == kind]
+        tokens = [sample.num_loss_tokens for share in batch for sample in share if sample.is_critique == kind]
         counts[kind] = (sum(tokens), sum(count > 0 for count in tokens))
     return counts
 

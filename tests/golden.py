@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -129,6 +130,7 @@ def processor() -> str:
 def replay(name: str, folder: Path) -> dict:
     """Run a case in `folder`, after the one that it starts from, and return its record."""
     case, run = CASES[name], folder / "runs" / name
+    shutil.rmtree(run, ignore_errors=True)  # a finished run would be resumed, and not played
     if not (folder / "games").is_dir():
         call(GAMES, folder)
         (folder / "shared.yaml").write_text(SHARED.format(folder=folder))
