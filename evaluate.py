@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt runs/quickstart/checkpoints/latest
     python evaluate.py --ckpt Qwen/Qwen2.5-1.5B-Instruct --config configs/qwen1.5b_gcd.yaml     # the Vanilla row
-    torchrun --nproc_per_node=8 evaluate.py --ckpt runs/qwen7b_gcd_alfworld_L0/checkpoints/latest
+    torchrun --nproc_per_node=8 evaluate.py --ckpt runs/NAME/checkpoints/latest
     python evaluate.py --table runs/quickstart_base runs/quickstart_sft runs/quickstart          # one table of several
 
 Every game of a level's fixed list is played once per sampling seed; the rate comes with n and a 95 % interval, which is

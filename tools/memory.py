@@ -1,6 +1,6 @@
 """Estimate what a run will need of a GPU's memory, phase by phase, before it starts.
 
-    python tools/memory.py configs/qwen7b_gcd.yaml --gpus 8 --gib 80 --set env.name=alfworld model.tune=lora
+    python tools/memory.py configs/qwen7b_gcd.yaml --gpus 8 --gib 80 --set model.tune=lora
 
 Counted: weights, gradients and Adam's moments, copies in half precision, activations of one micro-batch, the logits of
 one chunk, the engine's share.  Parameters are counted on a model built without memory; activations follow from its
