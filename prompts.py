@@ -345,6 +345,11 @@ def plain(text: str, max_chars: int | None = None) -> str:
     return inert(" ".join(_TAG.sub(" ", text).split()))[:max_chars].strip()
 
 
+def first_sentence(text: str) -> str:
+    """Cut a text after its first sentence or line, and end it with a full stop."""
+    return f"{text.split(chr(10))[0].split('. ')[0].strip().rstrip('.:')}."
+
+
 def _scan(text: str, names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Find the tags of these names in order ("think", "/think", ...) and each one's closed blocks. One pass."""
     tags, blocks = [], {}

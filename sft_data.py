@@ -32,7 +32,7 @@ import prompts
 from config import Config, ConfigError
 from distributed import progress_bar
 from judge import expert_verdict
-from prompts import PromptContext
+from prompts import PromptContext, first_sentence
 from teacher import Teacher
 
 DATA_VERSION = 8  # raise it when the code below makes other rows from the same config
@@ -83,11 +83,6 @@ class Templates:
         if not ctx.objects and action not in ctx.actions:  # with placeholders what is on offer is not a list
             return "It is not on offer.", offered
         return ("It brings the task closer.", better) if verdict else ("It does not bring the task closer.", worse)
-
-
-def first_sentence(text: str) -> str:
-    """Cut a text after its first sentence or line, and end it with a full stop."""
-    return f"{text.split(chr(10))[0].split('. ')[0].strip().rstrip('.:')}."
 
 
 def templates(env: str) -> Any:

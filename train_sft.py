@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,18 +44,25 @@ Batch = Sequence[tuple[dict, Sample, np.ndarray]]  # chat row, tokens, loss weig
 
 def main() -> None:
     """Run the script: rows, training, checkpoint."""
-    command = configuration.parser(__doc__)
-    command.add_argument("--dry-run", action="store_true", help="print the resolved config and check its arithmetic")
-    arguments = command.parse_args()
-    config = configuration.load(arguments.config, arguments.set)
-    preflight(config, configuration.world_size())
-    if arguments.dry_run:
-        return print(configuration.dump(config))
+    config = read_command_line(__doc__, preflight)
     init_distributed(config)
     rows = load_rows(config)
     model = load_model(config)
     train(model, rows, config)
     finish(model, rows, config)
+
+
+def read_command_line(description: str, preflight: Callable[[Config, int], None]) -> Config:
+    """Read the config of the command line, and check it; with --dry-run print it and exit."""
+    command = configuration.parser(description)
+    command.add_argument("--dry-run", action="store_true", help="print the resolved config and check its arithmetic")
+    arguments = command.parse_args()
+    config = configuration.load(arguments.config, arguments.set)
+    preflight(config, configuration.world_size())
+    if arguments.dry_run:
+        print(configuration.dump(config))
+        sys.exit()
+    return config
 
 
 def preflight(config: Config, world: int) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from config import ConfigError, EnvConfig, nearest
 from environments.scienceworld_engine import REFUSALS, Simulator, State, gold_path, java, machine
 from envs import Observation, Task
-from prompts import EnvPrompt, PromptContext
+from prompts import EnvPrompt, PromptContext, first_sentence
 
 VARIATIONS = {  # by task type, in the order of their published numbers 0 to 28; 29, use-thermometer, is in no split
     "boil": 30,
@@ -272,7 +272,7 @@ class ScienceWorldTemplates:
         """
         last = "I begin."
         if ctx.history:
-            last = f"Last I did {ctx.history[-1][1]}, and: {_first_sentence(ctx.observation)}"
+            last = f"Last I did {ctx.history[-1][1]}, and: {first_sentence(ctx.observation)}"
         return f"My task is to {_goal(ctx)}. {last} Now I should {action}."
 
     def plan(self, ctx: PromptContext) -> str:
@@ -299,8 +299,3 @@ TEMPLATES = ScienceWorldTemplates()
 
 def _goal(ctx: PromptContext) -> str:
     return ctx.task.removeprefix("Your task is to ").split(". ")[0].rstrip(".")
-
-
-def _first_sentence(text: str) -> str:
-    sentence = text.split("\n")[0].split(". ")[0].strip().rstrip(".:")
-    return f"{sentence}."

@@ -34,13 +34,7 @@ from teacher import Teacher
 
 def main() -> None:
     """Run the script: rows, training, checkpoint."""
-    command = configuration.parser(__doc__)
-    command.add_argument("--dry-run", action="store_true", help="print the resolved config and check its arithmetic")
-    arguments = command.parse_args()
-    config = configuration.load(arguments.config, arguments.set)
-    preflight(config, configuration.world_size())
-    if arguments.dry_run:
-        return print(configuration.dump(config))
+    config = train_sft.read_command_line(__doc__, preflight)
     init_distributed(config)
     rows = train_sft.load_rows(config, "value", make_rows)
     model = load_model(config)

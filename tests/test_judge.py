@@ -17,7 +17,7 @@ from checkpoint import TrainState
 from config import Config, EnvConfig, GuidelinesConfig, JudgeConfig
 from engine import Completion
 from environments import alfworld
-from environments.alfworld_engine import TASK_TYPES, GameState, distance, solve
+from environments.alfworld_engine import solve
 from judge import critique_samples, distil_guidelines, judge_reward, label_steps, rule_labels, sample_questions
 from rollout import Episode, Step
 
@@ -64,104 +64,6 @@ def test_the_anchor_is_the_exact_text() -> None:
 def test_judge_reward(score: int | None, rewards: tuple[int, int]) -> None:
     critique = prompts.Critique(score, None, None)
     assert (judge_reward(critique, 0), judge_reward(critique, 1)) == rewards
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The environment's teacher
-
-
-def all_tasks(folder: Path) -> tuple[EnvConfig, list[envs.Task]]:
-    env_cfg = EnvConfig(name="alfworld", data=str(folder))
-    return env_cfg, [task for level in ("L0", "L1") for task in envs.tasks(env_cfg, level, "eval")]
-
-
-def teacher_at(env_cfg: EnvConfig, task: envs.Task, *actions: str) -> alfworld.OracleTeacher:
-    teacher = alfworld.OracleTeacher(env_cfg, task)
-    for action in actions:
-        teacher.judge(action)
-    return teacher
-
-
-def verdict_of_progress(teacher: alfworld.OracleTeacher, action: str) -> int:
-    """The teacher's verdict, where exploring does not count: good exactly if the action shortens the way to win."""
-    before = distance(teacher.state)
-    verdict = teacher.judge(action)
-    assert verdict == (distance(teacher.state) < before)
-    return verdict
-
-
-def test_the_oracles_plan_is_good_throughout(small_games: Path) -> None:
-    env_cfg, tasks = all_tasks(small_games)
-    for task in tasks:
-        plan = solve(alfworld.parsed_game(env_cfg, task))
-        teacher = alfworld.OracleTeacher(env_cfg, task)
-        assert [teacher.judge(action) for action in plan] == [1] * len(plan)
-        assert teacher.state.won
-
-
-def test_idle_and_inadmissible_actions_are_flawed_everywhere(small_games: Path) -> None:
-    env_cfg, tasks = all_tasks(small_games)
-    idle = ("look", "inventory", "help", "", "go to the moon", "go to", "open", "take mug 1", "\x00", "go to sofa 99")
-    for task in tasks:
-        plan = solve(alfworld.parsed_game(env_cfg, task))
-        for done in range(len(plan)):
-            teacher = teacher_at(env_cfg, task, *plan[:done])
-            assert not any(teacher.judge(action) for action in idle)
-            assert teacher.state.actions == teacher_at(env_cfg, task, *plan[:done]).state.actions  # and change nothing
-
-
-def test_exploring_is_good_once_and_only_where_the_object_could_be(small_games: Path) -> None:
-    """Before anything is found, a first visit is good wherever the object could lie, and a second one flawed."""
-    env_cfg, tasks = all_tasks(small_games)
-    seen = Counter()
-    for task in tasks:
-        game = alfworld.parsed_game(env_cfg, task)
-        start = GameState(game)
-        on_the_plan = {action for action in solve(game)}
-        for place, location in game.location_of.items():
-            go = f"go to {game.names[place]}"
-            fits = bool(game.fits.get(place, frozenset()) & game.goal_objects)
-            if fits:
-                assert teacher_at(env_cfg, task).judge(go) == 1
-            elif go not in on_the_plan and len(game.receptacles_at[location]) == 1:
-                seen["cannot hold"] += 1
-                assert teacher_at(env_cfg, task).judge(go) == 0
-            holds_nothing = not start.contents[place] & game.goal_objects
-            other = next(r for r in game.location_of if game.location_of[r] != location)
-            away = f"go to {game.names[other]}"
-            if fits and holds_nothing:
-                seen["second visit", verdict_of_progress(teacher_at(env_cfg, task, go, away), go)] += 1
-            if fits and not start.accessible(place) and holds_nothing and place not in game.goal_receptacles:
-                teacher = teacher_at(env_cfg, task, go)  # closed: going and opening both search
-                for action, verdict in (("open", 1), ("close", 0), ("open", 0)):
-                    assert teacher.judge(f"{action} {game.names[place]}") == verdict
-                seen["opened"] += 1
-    assert seen["cannot hold"] > 5 and seen["second visit", 0] > 40 and seen["opened"] > 10
-
-
-def test_exploring_is_flawed_once_the_object_is_known(small_games: Path) -> None:
-    env_cfg, tasks = all_tasks(small_games)
-    seen = Counter()
-    for task in tasks:
-        game = alfworld.parsed_game(env_cfg, task)
-        plan = solve(game)
-        found = next(index for index, action in enumerate(plan) if action.startswith("take "))
-        for done in (found, found + 1):  # lying in view, and in hand
-            for action in teacher_at(env_cfg, task, *plan[:done]).state.actions:
-                if action.startswith("go to ") and game.task_type != TASK_TYPES[-1]:
-                    seen[verdict_of_progress(teacher_at(env_cfg, task, *plan[:done]), action)] += 1
-    assert seen[0] > 50 and seen[1] > 5
-
-
-def test_undoing_is_flawed(small_games: Path) -> None:
-    env_cfg, tasks = all_tasks(small_games)
-    for task in tasks:
-        plan = solve(alfworld.parsed_game(env_cfg, task))
-        taken = next(index for index, action in enumerate(plan) if action.startswith("take "))
-        thing, place = plan[taken].removeprefix("take ").split(" from ")
-        teacher = teacher_at(env_cfg, task, *plan[: taken + 1])
-        assert teacher.judge(f"move {thing} to {place}") == 0
-        assert teacher.judge(plan[taken]) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
