@@ -28,7 +28,6 @@ from distributed import (
     Optimizer,
     adamw,
     all_gather_objects,
-    pad_micro_batches,
     progress_bar,
     sum_dicts,
     unsharded,
@@ -46,8 +45,9 @@ from model import (
     loading_options,
     logit_gradients,
     place_on_device,
+    training_batches,
 )
-from packing import Sample, micro_batches
+from packing import MicroBatch, Sample, micro_batches
 
 
 def generalised_advantage(
@@ -146,7 +146,7 @@ class PPO:
             self.critic,
             actions,
             self.config.train.tokens_per_micro_batch,
-            lambda part: token_values(self.critic, part),
+            lambda batch: token_values(self.critic, batch),
         )
         for sample, values in zip(actions, found, strict=True):
             sample.values = values
@@ -179,16 +179,14 @@ class PPO:
         for batch in progress_bar(batches, desc="update critic", unit=" steps"):
             tokens = sum(len(one.returns) for share in batch for one in share if one.returns is not None)
             own = [sample for sample in batch[rank] if sample.returns is not None]
-            groups = micro_batches(own, train.tokens_per_micro_batch, self.critic.packed)
-            for group in pad_micro_batches(groups, self.critic.fsdp_root):
-                part = [own[index] for index in group] or [Sample.blank()]
+            for part in training_batches(self.critic, own, train.tokens_per_micro_batch):
                 value_T = token_values(self.critic, part)
-                if not group:  # another rank has more of them
+                if not part.samples:  # another rank has more of them
                     (0 * value_T.sum()).backward()
                     continue
                 old_T, return_T = (
                     torch.from_numpy(np.concatenate(one)).to(value_T)
-                    for one in zip(*((sample.values, sample.returns) for sample in part), strict=True)
+                    for one in zip(*((sample.values, sample.returns) for sample in part.samples), strict=True)
                 )
                 loss_T, metrics = value_loss(value_T, old_T, return_T, self.config.algo.value_clip)
                 loss = loss_T.sum() / tokens
@@ -228,8 +226,11 @@ def load_critic(config: Config, policy: LanguageModel, path: str) -> LanguageMod
     hf_logging.set_verbosity_error()  # it would tell that the head is new
     shape = AutoConfig.from_pretrained(base, num_labels=1)
     shape.classifier_dropout = 0.0
+    options = loading_options(config, train=True)
+    if "quantization_config" in options:
+        options["quantization_config"].llm_int8_skip_modules = ["score"]  # it is trained
     model, report = AutoModelForTokenClassification.from_pretrained(
-        base, config=shape, output_loading_info=True, **loading_options(config, train=True)
+        base, config=shape, output_loading_info=True, **options
     )
     hf_logging.set_verbosity(verbosity)
     if report["missing_keys"]:
@@ -239,11 +240,11 @@ def load_critic(config: Config, policy: LanguageModel, path: str) -> LanguageMod
     return place_on_device(config, model, policy.tokenizer, base, adapter, train=True, task="TOKEN_CLS")
 
 
-def token_values(critic: LanguageModel, samples: Sequence[Sample]) -> Tensor:
+def token_values(critic: LanguageModel, batch: MicroBatch) -> Tensor:
     """Compute the critic's value where each response token is predicted, in units of reward: float32 [T]."""
 
     def score() -> Tensor:
-        hidden_TH, _ = last_hidden(critic, samples)
+        hidden_TH, _ = last_hidden(critic, batch)
         return critic.inner.score(hidden_TH.float())[:, 0]  # not under autocast: bfloat16 would round returns of 10
 
     return unsharded_forward(critic.fsdp_root, score)
@@ -268,14 +269,14 @@ def nthr_reweight(policy: LanguageModel, samples: Sequence[Sample], config: Conf
             won = {sample.trajectory: sample.won for sample in group}
             if len(set(won.values())) < 2:
                 continue
-            batches = micro_batches(group, config.train.tokens_per_micro_batch, policy.packed)
-            parts = [last_hidden(policy, [group[index] for index in batch]) for batch in batches]
+            batches = micro_batches(group, config.train.tokens_per_micro_batch, policy.packing)
+            parts = [last_hidden(policy, batch) for batch in batches]
             hidden_TH, target_T = (torch.cat(one) for one in zip(*parts, strict=True))
             logp_T, _ = head_logprobs(policy, hidden_TH, target_T, temperature)
             # over the tokens that occur in the group's replies: elsewhere the gradients of all are small
             token_V = target_T.unique()
             logit_grad_TV = logit_gradients(policy, hidden_TH, target_T, temperature, token_V, logp_T=logp_T)
-            ordered = [group[index] for batch in batches for index in batch]
+            ordered = [sample for batch in batches for sample in batch.samples]
             lengths = [len(sample.response_ids) for sample in ordered]
             sample_T = torch.arange(len(ordered)).repeat_interleave(torch.tensor(lengths)).to(policy.device)
             won_T = torch.tensor([sample.won for sample in ordered], device=policy.device)[sample_T]

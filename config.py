@@ -60,8 +60,8 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "what trainer and engine compute in; auto: bfloat16 on CUDA, float32 on CPU"
     )
-    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = option(
-        "sdpa", "transformers' attn_implementation"
+    attention: Literal["auto", "sdpa"] = option(
+        "auto", "auto: tokens that samples share are computed once, where a model's layers allow it; sdpa: padded lines"
     )
     tune: Literal["full", "lora", "qlora"] = option(
         "full", "train all weights, an adapter of all linear layers, or that on 4-bit weights"
@@ -210,7 +210,10 @@ class TrainConfig:
     samples_per_update: int = option(
         256, "actions per optimizer step, over all ranks; critiques are dealt alike", above=0
     )
-    tokens_per_micro_batch: int = option(16384, "of one forward and backward pass", above=0)
+    deal: Literal["groups", "shuffled"] = option(
+        "groups", "mini-batches of games and questions as whole as can be, which share most tokens; or of any samples"
+    )
+    tokens_per_micro_batch: int = option(16384, "of one forward and backward pass, shared ones once", above=0)
     old_logprobs: Literal["trainer", "engine"] = option("trainer", "whose log-probs the ratio is taken against")
     timeout_minutes: float = option(60.0, "a rank that others have waited for so long hangs: the run ends", above=0)
     checkpoint_every: int = option(20, "iterations between checkpoints", above=0)

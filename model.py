@@ -10,6 +10,7 @@ frozen in the dtype computed in (lora) or in 4 bits (qlora).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -28,11 +30,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as hf_logging
 
+import attention
 import config as configuration
+from attention import LineMask
 from config import Config, ConfigError
 from distributed import (
     FsdpRoot,
@@ -43,7 +48,7 @@ from distributed import (
     unsharded,
     unsharded_forward,
 )
-from packing import Sample, lay_out, micro_batches
+from packing import MicroBatch, Packing, Sample, lay_out, micro_batches
 
 hf_logging.disable_progress_bar()
 
@@ -56,8 +61,8 @@ PROBE = "Your task is to: put two soapbar in cabinet 12.\n<think>Need it.</think
 class LanguageModel:
     """A model with its tokenizer, on its device.
 
-    `dtype` is what it computes in, under autocast. `packed`: samples are laid end to end. `base`: the folder or hub id
-    that has its config.json; with an adapter that of the model under it. `fsdp_root`: None where each rank has all
+    `dtype` is what it computes in, under autocast; `packing` how samples are laid out for it. `base`: the folder or hub
+    id that has its config.json; with an adapter that of the model under it. `fsdp_root`: None where each rank has all
     weights.
     """
 
@@ -65,7 +70,7 @@ class LanguageModel:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype = torch.float32
-    packed: bool = False
+    packing: Packing = "padded"
     base: str = ""
     fsdp_root: FsdpRoot | None = None
 
@@ -93,12 +98,12 @@ class LanguageModel:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_model(config: Config, path: str = "", train: bool = True) -> LanguageModel:
+def load_model(config: Config, path: str = "", train: bool = True, shard: bool = False) -> LanguageModel:
     """Load the model of `path` (default: config.model.path), in evaluation mode.
 
     `path` is a Hugging Face id or folder, or that of an adapter, which with model.tune=full becomes part of the
-    weights. Without `train` it is whole on every rank, frozen, in the dtype it computes in. Raises ConfigError if it
-    cannot be found.
+    weights. Without `train` it is frozen, in the dtype it computes in, and whole on every rank unless `shard`, which
+    shards it where the policy is. Raises ConfigError if it cannot be found.
     """
     path = path or config.model.path
     check_model_path(path)
@@ -108,20 +113,23 @@ def load_model(config: Config, path: str = "", train: bool = True) -> LanguageMo
         model = AutoModelForCausalLM.from_pretrained(base, **loading_options(config, train))
     except (OSError, SafetensorError) as error:  # for instance a hub id without a network, or half a file
         raise ConfigError(f"no model at {base}: {' '.join(str(error).split())}") from None
-    return place_on_device(config, model, tokenizer, base, adapter, train)
+    return place_on_device(config, model, tokenizer, base, adapter, train, shard=shard)
 
 
 def load_reference(config: Config, policy: LanguageModel) -> LanguageModel | None:
     """Load what a KL term holds the policy to: the model that the run started from, also after a resume.
 
     With an adapter it is the policy's own base, with the adapter that the run started from, if there was one. Else it
-    is a model of its own, which waits in main memory (`as_reference`). None without a KL term.
+    is a model of its own: in shards as the policy is, or waiting in main memory (`as_reference`). None without a KL
+    term.
     """
     if config.algo.kl == 0:
         return None
     if config.model.tune == "full":
-        reference = load_model(config, train=False)
-        reference.model.to("cpu")
+        reference = load_model(config, train=False, shard=True)
+        if reference.fsdp_root is None and reference.device.type == "cuda":
+            for weight in reference.model.parameters():
+                weight.data = weight.data.cpu().pin_memory()
         return reference
     if is_adapter(config.model.path):
         policy.model.load_adapter(config.model.path, "initial", is_trainable=False)
@@ -133,9 +141,12 @@ def load_reference(config: Config, policy: LanguageModel) -> LanguageModel | Non
 def as_reference(reference: LanguageModel, policy: LanguageModel) -> Iterator[LanguageModel]:
     """Make the reference ready to score: on the device, or the policy without the adapter that is being trained."""
     if reference is not policy:
-        reference.model.to(reference.device)
+        waiting = [(weight, weight.data) for weight in reference.model.parameters() if reference.fsdp_root is None]
+        for weight, host in waiting:
+            weight.data = host.to(reference.device, non_blocking=True)
         yield reference
-        reference.model.to("cpu")
+        for weight, host in waiting:  # nothing has changed, so nothing is copied back
+            weight.data = host
     elif "initial" in policy.model.peft_config:
         policy.model.set_adapter("initial")
         yield policy
@@ -177,18 +188,37 @@ def use_fsdp(config: Config) -> bool:
 
 
 def loading_options(config: Config, train: bool) -> dict[str, Any]:
-    """Return from_pretrained's arguments: what is trained comes in float32, what is frozen in the dtype computed in."""
+    """Return from_pretrained's arguments: what is trained comes in float32, what is frozen in the dtype computed in.
+
+    Weights go straight to the GPU: all ranks' together would fill a machine's main memory.
+    """
     all_trained = train and config.model.tune == "full"
     options: dict[str, Any] = {
         "dtype": torch.float32 if all_trained else compute_dtype(config),
-        "attn_implementation": config.model.attention,
+        "attn_implementation": "sdpa",
     }
-    if config.model.tune == "qlora" and train:
+    device, in_4_bits = select_device(config), config.model.tune == "qlora" and train
+    if device.type == "cuda" or in_4_bits:
+        options["device_map"] = {"": device}
+    if in_4_bits:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]
         )
-        options["device_map"] = {"": select_device(config)}
     return options
+
+
+def choose_packing(config: Config, model: PreTrainedModel) -> Packing:
+    """Choose how samples are laid out for a model, and set its attention to that.
+
+    Padded where model.attention=sdpa, where a layer is more than plain attention, and on a GPU without Triton.
+    """
+    on_cuda = select_device(config).type == "cuda"
+    if config.model.attention == "sdpa" or not attention.supports_lines(model):
+        return "padded"
+    if on_cuda and importlib.util.find_spec("triton") is None:
+        return "padded"
+    model.set_attn_implementation(attention.NAME)
+    return "blocks" if on_cuda else "line"
 
 
 def place_on_device(
@@ -199,9 +229,11 @@ def place_on_device(
     adapter: str = "",
     train: bool = True,
     task: str = "CAUSAL_LM",
+    shard: bool = False,
 ) -> LanguageModel:
-    """Put a model on this rank's device, in evaluation mode, with its adapter, in its shards."""
+    """Put a model on this rank's device, in evaluation mode, with its adapter, in its shards (`load_model`)."""
     device, tune = select_device(config), config.model.tune
+    packing = choose_packing(config, model)
     if config.model.gradient_checkpointing and train:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if tune != "full" or adapter:
@@ -213,9 +245,10 @@ def place_on_device(
             layer.support_avx512bf16_for_cpu = False
     if not train:
         model.requires_grad_(False)
-    loaded = LanguageModel(model.eval(), tokenizer, device, compute_dtype(config), device.type == "cuda", base)
-    if train and use_fsdp(config):
-        loaded.fsdp_root = apply_fsdp(model, loaded.inner.base_model.layers, device, loaded.dtype)
+    loaded = LanguageModel(model.eval(), tokenizer, device, compute_dtype(config), packing, base)
+    if use_fsdp(config) and (train or shard):
+        values = [loaded.inner.score] if task == "TOKEN_CLS" else []  # computed in float32
+        loaded.fsdp_root = apply_fsdp(model, loaded.inner.base_model.layers, values, device, loaded.dtype)
     elif tune != "qlora" or not train:
         model.to(device)
     return loaded
@@ -235,7 +268,9 @@ def _add_adapter(config: Config, model: torch.nn.Module, base: str, adapter: str
         sizes = found
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # the same on every rank
-        adapted = get_peft_model(model, LoraConfig(**sizes, target_modules="all-linear", task_type=task))
+        # peft counts a value head among all linear layers, but saves it whole: it cannot be both
+        wanted = {"target_modules": "all-linear", "exclude_modules": ["score"] if task == "TOKEN_CLS" else None}
+        adapted = get_peft_model(model, LoraConfig(**sizes, **wanted, task_type=task))
     adapted.peft_config["default"].base_model_name_or_path = base
     if adapter:
         report = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu"))
@@ -284,9 +319,20 @@ def load_tokenizer(path: str) -> Any:
 # Log-probs of samples
 
 
+def training_batches(model: LanguageModel, samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
+    """Lay samples out for passes with gradients; where weights are sharded, with empty micro-batches up to as many as
+    the rank with the most has. A collective operation."""
+    batches = micro_batches(samples, max_tokens, model.packing)
+    if model.fsdp_root is None:
+        return batches
+    most = torch.tensor(len(batches))
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return batches + [lay_out([], model.packing)] * (int(most) - len(batches))
+
+
 def token_logprobs(
     model: LanguageModel,
-    samples: Sequence[Sample],
+    batch: MicroBatch,
     temperature: float = 1.0,
     entropy: Literal["none", "value", "gradient"] = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,20 +343,23 @@ def token_logprobs(
     out.
     """
     return unsharded_forward(
-        model.fsdp_root, lambda: head_logprobs(model, *last_hidden(model, samples), temperature, entropy)
+        model.fsdp_root, lambda: head_logprobs(model, *last_hidden(model, batch), temperature, entropy)
     )
 
 
-def last_hidden(model: LanguageModel, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+def last_hidden(model: LanguageModel, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the backbone: what the head is given where each response token is predicted, [T, H], and the tokens, [T]."""
-    layout = lay_out(samples, model.packed)
-    position_ids = None if layout.position_ids_BL is None else torch.from_numpy(layout.position_ids_BL).to(model.device)
+    mask: dict[str, Any] = {}
+    if batch.end_L is not None:
+        longest = max((sample.num_tokens for sample in batch.samples), default=1)
+        mask["attention_mask"] = LineMask(batch.end_L, longest, model.device)
+        mask["position_ids"] = torch.from_numpy(batch.position_ids_BL).to(model.device)
     with model.autocast():
         hidden_BLH = model.inner.base_model(
-            input_ids=torch.from_numpy(layout.input_ids_BL).to(model.device), position_ids=position_ids, use_cache=False
+            input_ids=torch.from_numpy(batch.input_ids_BL).to(model.device), use_cache=False, **mask
         ).last_hidden_state
-    hidden_TH = hidden_BLH.flatten(0, 1)[torch.from_numpy(layout.source_T).to(model.device)]
-    return hidden_TH, torch.from_numpy(layout.target_T).to(model.device)
+    hidden_TH = hidden_BLH.flatten(0, 1)[torch.from_numpy(batch.source_T).to(model.device)]
+    return hidden_TH, torch.from_numpy(batch.target_T).to(model.device)
 
 
 def head_logprobs(
@@ -348,23 +397,21 @@ def all_logprobs(
     model: LanguageModel, samples: Sequence[Sample], max_tokens: int, temperature: float
 ) -> list[np.ndarray]:
     """Compute the log-probs of every sample's response tokens, without gradient: float32 arrays, in their order."""
-    return by_sample(model, samples, max_tokens, lambda part: token_logprobs(model, part, temperature)[0])
+    return by_sample(model, samples, max_tokens, lambda batch: token_logprobs(model, batch, temperature)[0])
 
 
 def by_sample(
     model: LanguageModel,
     samples: Sequence[Sample],
     max_tokens: int,
-    compute: Callable[[Sequence[Sample]], torch.Tensor],
+    compute: Callable[[MicroBatch], torch.Tensor],
 ) -> list[np.ndarray]:
     """Run a pass without gradient over all samples: `compute` gives a number per response token of a micro-batch."""
     result: list[Any] = [None] * len(samples)
     with unsharded(model.fsdp_root):
-        groups = micro_batches(samples, max_tokens, model.packed)
-        for group in progress_bar(groups, desc="score", unit=" micro-batches"):
-            value_T = compute([samples[index] for index in group])
-            lengths = [len(samples[index].response_ids) for index in group]
-            for index, part in zip(group, value_T.split(lengths), strict=True):
+        batches = micro_batches(samples, max_tokens, model.packing)
+        for batch in progress_bar(batches, desc="score", unit=" micro-batches"):
+            for index, part in zip(batch.indices, compute(batch).split(batch.lengths), strict=True):
                 result[index] = part.float().cpu().numpy()
     return result
 

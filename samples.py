@@ -12,15 +12,16 @@ the first step, which has nothing to reflect on; actions are compared as parsed,
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 import losses
 from config import Config
-from packing import Sample
+from packing import Sample, sort_by_prefix, split_evenly
 from rollout import Episode, Step
 
 
@@ -146,23 +147,31 @@ def record_advantages(samples: Sequence[Sample]) -> None:
 def mini_batches(samples: Sequence[Sample], config: Config, iteration: int, world: int) -> list[list[list[Sample]]]:
     """Deal out every sample once: [mini-batch][rank] -> samples.
 
-    Actions and critiques are spread evenly over mini-batches, and a mini-batch over the ranks by tokens. The same for
-    every rank, and the same mini-batches for every world size.
+    Mini-batches have equal numbers of actions, and of critiques. With train.deal=groups a game's actions, which begin
+    alike, lie side by side before they are cut into mini-batches, so that few games are cut in two; and so do a
+    question's answers. With shuffled each sample is drawn by itself. A mini-batch is split over the ranks by the
+    distinct tokens that they have to compute. The same for every rank, and the same mini-batches for every world size.
     """
     rng = random.Random(f"mini-batches {config.seed} {iteration}")
     kinds = [[sample for sample in samples if sample.is_critique == is_critique] for is_critique in (False, True)]
     number = max(1, -(-len(kinds[0]) // config.train.samples_per_update))
     batches: list[list[Sample]] = [[] for _ in range(number)]
     for kind in kinds:
-        for position, sample in enumerate(rng.sample(kind, len(kind))):
-            batches[position % number].append(sample)
-    dealt = []
+        dealt = rng.sample(kind, len(kind)) if config.train.deal == "shuffled" else side_by_side(kind, rng)
+        for position, sample in enumerate(dealt):
+            batches[position * number // len(dealt)].append(sample)
+    shares = []
     for batch in batches:
-        shares: list[list[Sample]] = [[] for _ in range(world)]
-        load = [0] * world
-        for sample in sorted(batch, key=lambda sample: -sample.num_tokens):
-            lightest = load.index(min(load))
-            shares[lightest].append(sample)
-            load[lightest] += sample.num_tokens
-        dealt.append(shares)
-    return dealt
+        computed = [has_gradient(sample, config) for sample in batch]
+        shares.append(split_evenly([one for one, counts in zip(batch, computed, strict=True) if counts], world))
+        shares[-1][0] += [one for one, counts in zip(batch, computed, strict=True) if not counts]
+    return shares
+
+
+def side_by_side(samples: Sequence[Sample], rng: random.Random) -> list[Sample]:
+    """Shuffle games, and questions, but not what is in them: samples that begin alike stay together."""
+    units: dict[Any, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        units[sample.prompt_ids.tobytes() if sample.is_critique else sample.group].append(sample)
+    drawn = rng.sample(list(units.values()), len(units))
+    return [unit[index] for unit in drawn for index in sort_by_prefix(unit)[0]]

@@ -7,8 +7,8 @@
 Every iteration: collect episodes, label some of their steps and ask the policy to judge them, turn both into samples
 with advantages, score these with the models as they are, update on L = L_GRPO + judge.weight L_GCD (paper, equation 3),
 give the engine the new weights, evaluate, log, save.  Each rank plays whole groups with an engine of its own; then
-every rank sees every sample, and each mini-batch is dealt out to the ranks by tokens.  The same command resumes a run
-from its last checkpoint.
+every rank sees every sample, and scoring and each mini-batch are split over the ranks by distinct tokens.  The same
+command resumes a run from its last checkpoint.
 
 Departures from published code: mini-batches are weighted by their tokens, so no sample is deleted or duplicated; means
 are over the tokens of the whole mini-batch, not of a micro-batch; a sample whose loss is exactly 0 (zero advantage, no
@@ -45,7 +45,6 @@ from distributed import (
     adamw,
     all_gather_objects,
     init_distributed,
-    pad_micro_batches,
     progress_bar,
     sum_dicts,
 )
@@ -60,9 +59,10 @@ from model import (
     load_model,
     load_reference,
     token_logprobs,
+    training_batches,
     use_fsdp,
 )
-from packing import Sample, micro_batches
+from packing import MicroBatch, Sample, split_evenly
 from rollout import Episode, Rollout, collect
 from samples import (
     action_samples,
@@ -134,18 +134,19 @@ def train(config: Config) -> None:
         samples = action_samples(rollout.episodes, config) + judge.critique_samples(questions, config)
         set_advantages(samples, rollout.episodes, config)
 
-        # 4. Score before the update: the last place where an advantage may change
-        engine.sleep()  # on CUDA its memory is the trainer's until phase 6
-        with timer("score"):
-            if config.algo.nthr:
+        with timer("sleep"):
+            engine.sleep()  # on CUDA its memory is the trainer's until phase 6
+        if config.algo.nthr:
+            with timer("nthr"):
                 baselines.nthr_reweight(policy, [one for one in samples if not one.is_critique], config)
-            set_logprobs(policy, reference, samples, config)
-            if ppo:
-                ppo.set_values(samples)
-            set_importance_weights(samples, config)
         with timer("coupling"):
             coupling = measure_coupling(policy, rollout.episodes, samples, config, iteration)
+
+        # 4. Score before the update, on whichever rank; the last place where an advantage may change
         samples, questions, episodes, counters = gather(samples, questions, rollout)  # now every rank has every sample
+        with timer("score"):
+            score(policy, reference, ppo, samples, config)
+            set_importance_weights(samples, config)
         if ppo:
             ppo.set_advantages(samples)  # whitened over all of them
         record_advantages(samples)
@@ -264,26 +265,45 @@ def sample_tasks(tasks: Sequence[envs.Task], config: Config, iteration: int) -> 
     return group_tasks
 
 
+def score(
+    policy: LanguageModel,
+    reference: LanguageModel | None,
+    ppo: baselines.PPO | None,
+    samples: Sequence[Sample],
+    config: Config,
+) -> None:
+    """Write what the models say of samples before the update: log-probs, and PPO's values. A collective operation.
+
+    `samples` are all of them, the same on every rank, which scores an even share: nobody waits for the rank that played
+    the longest episodes. Samples without a gradient are left out (`needs_score`).
+    """
+    shares = split_evenly([sample for sample in samples if needs_score(sample, config)], dist.get_world_size())
+    own = shares[dist.get_rank()]
+    set_logprobs(policy, reference, own, config)
+    if ppo:
+        ppo.set_values(own)
+    scored = all_gather_objects([[(one.old_logprobs, one.ref_logprobs, one.values) for one in own]])
+    for share, found in zip(shares, scored, strict=True):
+        for sample, values in zip(share, found, strict=True):
+            sample.old_logprobs, sample.ref_logprobs, sample.values = values
+
+
 @torch.no_grad()
 def set_logprobs(
     policy: LanguageModel, reference: LanguageModel | None, samples: Sequence[Sample], config: Config
 ) -> None:
-    """Write what the models say of samples before the update: the old policy's log-probs, the reference's.
-
-    Samples without a gradient are left out (`needs_score`).
-    """
+    """Write the old policy's log-probs of these samples, and the reference's."""
     budget, temperature = config.train.tokens_per_micro_batch, config.rollout.temperature
-    scored = [sample for sample in samples if needs_score(sample, config)]
     if config.train.old_logprobs == "engine":
         # as sampled: one pass less, and the ratio corrects for the engine's error, too
-        for sample in scored:
+        for sample in samples:
             sample.old_logprobs = sample.engine_logprobs
-    todo = [sample for sample in scored if sample.old_logprobs is None]  # NTHR's pass has those of some already
+    todo = [sample for sample in samples if sample.old_logprobs is None]  # NTHR's pass has those of some already
     for sample, logprobs in zip(todo, all_logprobs(policy, todo, budget, temperature), strict=True):
         sample.old_logprobs = logprobs
     if reference:
         with as_reference(reference, policy) as initial:
-            for sample, logprobs in zip(scored, all_logprobs(initial, scored, budget, temperature), strict=True):
+            for sample, logprobs in zip(samples, all_logprobs(initial, samples, budget, temperature), strict=True):
                 sample.ref_logprobs = logprobs
 
 
@@ -340,23 +360,20 @@ def update(
         # a sample whose loss is exactly 0 counts in the denominators, and need not be computed
         denominators = count_loss_tokens(batch)
         computed = [sample for sample in batch[rank] if has_gradient(sample, config)]
-        groups = micro_batches(computed, train.tokens_per_micro_batch, policy.packed)
-        for group in pad_micro_batches(groups, policy.fsdp_root):
-            part = [computed[index] for index in group] or [Sample.blank()]
+        for part in training_batches(policy, computed, train.tokens_per_micro_batch):
             logp_T, entropy_T = token_logprobs(policy, part, config.rollout.temperature, entropy)
-            if not group:  # another rank has more of them, and a sharded pass needs all ranks
+            if not part.samples:  # another rank has more of them, and a sharded pass needs all ranks
                 (0 * logp_T.sum()).backward()
                 continue
-            loss, parts = micro_batch_loss(logp_T, entropy_T, part, denominators, config)
+            loss, parts = micro_batch_loss(logp_T, entropy_T, part.samples, denominators, config)
             loss.backward()
             for key, value in parts.items():
                 sums[key] += value if math.isfinite(value) else 0.0  # such a step is skipped, and is not to spoil means
             if number == 0 and train.old_logprobs == "engine":  # later the policy has moved on
-                engine_T = np.concatenate([sample.engine_logprobs for sample in part])
+                engine_T = np.concatenate([sample.engine_logprobs for sample in part.samples])
                 gaps.append(logp_T.detach().float().cpu().numpy() - engine_T)
-            tokens = sum(sample.num_tokens for sample in part)
-            sums["tokens"] += tokens
-            sums["padded"] += tokens if policy.packed else max(sample.num_tokens for sample in part) * len(part)
+            for key, value in token_counts(part).items():
+                sums[key] += value
         save = functools.partial(save_bad_samples, batch, policy, config, iteration)
         norm = optimizer.step(lr, train.max_grad_norm, save)
         if math.isfinite(norm):
@@ -369,6 +386,20 @@ def update(
         scored = [sample for sample in samples[rank::world] if sample.old_logprobs is not None]
         gaps = [sample.old_logprobs - sample.engine_logprobs for sample in scored]
     return {"train/lr": lr} | update_metrics(sums, np.concatenate(gaps or [np.zeros(0)]), len(batches))
+
+
+def token_counts(batch: MicroBatch) -> dict[str, int]:
+    """Count a micro-batch's tokens: of its samples, those of them that are distinct, and all that are computed, filling
+    included; and how many of them are critiques'."""
+    critiques = [sample.is_critique for sample in batch.samples]
+    tokens = [sample.num_tokens for sample in batch.samples]
+    return {
+        "tokens": sum(tokens),
+        "distinct_tokens": sum(batch.added),
+        "computed_tokens": batch.input_ids_BL.size,
+        "critique_tokens": sum(count for count, critique in zip(tokens, critiques, strict=True) if critique),
+        "distinct_critique_tokens": sum(n for n, critique in zip(batch.added, critiques, strict=True) if critique),
+    }
 
 
 def count_loss_tokens(batch: Sequence[Sequence[Sample]]) -> dict[bool, tuple[int, int]]:
@@ -454,7 +485,10 @@ def update_metrics(local_sums: dict[str, float], gap_T: np.ndarray, steps: int) 
         "train/skipped_steps": skipped,
         "train/updates": steps,
         "train/tokens": sums.get("tokens", 0.0),
-        "train/padding_share": 1 - sums.get("tokens", 0.0) / max(1, sums.get("padded", 0.0)),
+        "train/distinct_tokens": sums.get("distinct_tokens", 0.0),
+        "train/critique_tokens": sums.get("critique_tokens", 0.0),
+        "train/distinct_critique_tokens": sums.get("distinct_critique_tokens", 0.0),
+        "train/padding_share": 1 - sums.get("distinct_tokens", 0.0) / max(1, sums.get("computed_tokens", 0.0)),
         "mismatch/mean_abs": sums["gap"] / max(1, sums["gaps"]),
         "mismatch/kl": sums["gap_kl"] / max(1, sums["gaps"]),
         "mismatch/max_abs": worst,

@@ -30,10 +30,10 @@ import envs
 import sft_data
 from checkpoint import point_latest, save_model
 from config import Config, ConfigError
-from distributed import Optimizer, adamw, init_distributed, pad_micro_batches, progress_bar
+from distributed import Optimizer, adamw, init_distributed, progress_bar
 from logger import save_run_info
-from model import LanguageModel, check_model_path, load_model, token_logprobs
-from packing import Sample, micro_batches
+from model import LanguageModel, check_model_path, load_model, token_logprobs, training_batches
+from packing import Sample
 from teacher import check_key
 
 BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.95), 0.01, 1.0  # AdamW's
@@ -153,13 +153,10 @@ def imitate(model: LanguageModel, batch: Batch, config: Config) -> dict[str, tup
     counts = torch.tensor(totals, dtype=torch.float64)  # weight, reply tokens
     dist.all_reduce(counts)
     nll = 0.0
-    groups = micro_batches(samples, config.sft.tokens_per_micro_batch, model.packed)
-    for group in pad_micro_batches(groups, model.fsdp_root):
-        if not group:  # another rank has more of them
-            (0 * token_logprobs(model, [Sample.blank()])[0].sum()).backward()
-            continue
-        logp_T, _ = token_logprobs(model, [samples[index] for index in group])
-        weight_T = torch.from_numpy(np.concatenate([weights[index] for index in group])).to(logp_T)
+    for part in training_batches(model, samples, config.sft.tokens_per_micro_batch):
+        logp_T, _ = token_logprobs(model, part)
+        weight_T = np.concatenate([np.zeros(0), *(weights[index] for index in part.indices)])
+        weight_T = torch.from_numpy(weight_T).to(logp_T)
         (-(logp_T * weight_T).sum() / float(counts[0])).backward()
         nll -= float(logp_T.detach()[weight_T == 1].sum())
     return {"train/nll_per_token": (nll, max(1.0, float(counts[1])))}

@@ -177,10 +177,10 @@ def dangers(
 @torch.no_grad()
 def influences(policy: LanguageModel, samples: Sequence[Sample], config: Config) -> torch.Tensor:
     """Compute couplings of all samples, in their order: float64 [R, R], on the CPU. Weights must not be sharded."""
-    batches = micro_batches(samples, config.train.tokens_per_micro_batch, policy.packed)
-    parts = [last_hidden(policy, [samples[index] for index in batch]) for batch in batches]
+    batches = micro_batches(samples, config.train.tokens_per_micro_batch, policy.packing)
+    parts = [last_hidden(policy, batch) for batch in batches]
     hidden_TH, target_T = (torch.cat(one) for one in zip(*parts, strict=True))
-    order = torch.tensor([index for batch in batches for index in batch])
+    order = torch.tensor([index for batch in batches for index in batch.indices])
     sample_T = order.repeat_interleave(torch.tensor([len(samples[index].response_ids) for index in order]))
     logit_grads = all_logit_gradients(policy, hidden_TH, target_T, config.rollout.temperature)
     return couplings(hidden_TH.float(), logit_grads, sample_T.to(policy.device)).double().cpu()

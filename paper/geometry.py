@@ -28,7 +28,7 @@ import torch
 from config import Config
 from distributed import progress_bar
 from model import LanguageModel, all_logprobs, last_hidden, load_model, token_logprobs
-from packing import Sample, micro_batches
+from packing import Sample, lay_out, micro_batches
 from paper import coupling
 from paper.behaviour import Missing, Numbers, Subject, interval, mean_of
 from rollout import Episode, Step
@@ -68,10 +68,9 @@ def states(policy: LanguageModel, samples: Sequence[Sample], budget: int) -> dic
         for one in samples
     ]
     parts: list = [None] * len(samples)
-    for batch in micro_batches(whole, budget, policy.packed):
-        hidden_TH, _ = last_hidden(policy, [whole[index] for index in batch])
-        lengths = [len(whole[index].response_ids) for index in batch]
-        for index, hidden_SH in zip(batch, hidden_TH.double().cpu().split(lengths), strict=True):
+    for batch in micro_batches(whole, budget, policy.packing):
+        hidden_TH, _ = last_hidden(policy, batch)
+        for index, hidden_SH in zip(batch.indices, hidden_TH.double().cpu().split(batch.lengths), strict=True):
             response_TH = hidden_SH[-len(samples[index].response_ids) :]
             parts[index] = (hidden_SH.mean(0), response_TH.mean(0), hidden_SH[-1])
     names = ("prompt and response", "response", "last token")
@@ -250,7 +249,7 @@ def step_sizes(model: LanguageModel, samples: Sequence[Sample], config: Config) 
 
 def reply_gradients(model: LanguageModel, sample: Sample, config: Config) -> list[torch.Tensor]:
     """Compute the gradients of a reply's log-prob by every parameter."""
-    logp_T, _ = token_logprobs(model, [sample], config.rollout.temperature)
+    logp_T, _ = token_logprobs(model, lay_out([sample], model.packing), config.rollout.temperature)
     return list(torch.autograd.grad(logp_T.sum(), list(model.model.parameters())))
 
 
@@ -347,7 +346,7 @@ def pulled_tokens(
 def token_influences(policy: LanguageModel, samples: Sequence[Sample], config: Config) -> np.ndarray:
     """Compute for each response token of the first sample the sum of its influences with all tokens of the others:
     float64 [T]."""
-    hidden_TH, target_T = last_hidden(policy, samples)
+    hidden_TH, target_T = last_hidden(policy, lay_out(samples, policy.packing))
     first = len(samples[0].response_ids)
     # each token of the first sample counts as a sample, the tokens of all others together as one
     sample_T = torch.arange(len(target_T), device=hidden_TH.device).clamp(max=first)

@@ -25,9 +25,9 @@ import prompts
 import sft_data
 import train_sft
 from config import Config, ConfigError
-from distributed import init_distributed, pad_micro_batches, unsharded_forward
-from model import LanguageModel, last_hidden, load_model
-from packing import Sample, micro_batches
+from distributed import init_distributed, unsharded_forward
+from model import LanguageModel, last_hidden, load_model, training_batches
+from packing import MicroBatch
 from sft_data import Judged, Turn, chat, make_reply
 from teacher import Teacher
 
@@ -77,14 +77,14 @@ def value_head(model: LanguageModel) -> torch.nn.Linear:
 
 
 def classification_loss(
-    model: LanguageModel, head: torch.nn.Linear, samples: Sequence[Sample], labels: Sequence[int]
+    model: LanguageModel, head: torch.nn.Linear, batch: MicroBatch, labels: Sequence[int]
 ) -> tuple[torch.Tensor, int]:
     """Sum the binary cross-entropies of whole replies, each judged where it ends; count how many were right.
 
     Source: the value-based classifier of the paper's Table 3, on the same labels as the generative one.
     """
-    hidden_TH, _ = unsharded_forward(model.fsdp_root, lambda: last_hidden(model, samples))
-    end_N = torch.tensor([len(sample.response_ids) for sample in samples]).cumsum(0) - 1
+    hidden_TH, _ = unsharded_forward(model.fsdp_root, lambda: last_hidden(model, batch))
+    end_N = torch.tensor(batch.lengths, dtype=torch.int64).cumsum(0) - 1
     logit_N = head(hidden_TH[end_N.to(model.device)].float())[:, 0]
     label_N = torch.tensor(labels, dtype=torch.float32, device=model.device)
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logit_N, label_N, reduction="sum")
@@ -100,13 +100,9 @@ def train(model: LanguageModel, head: torch.nn.Linear, rows: Sequence[dict], con
         count = torch.tensor(len(judged), dtype=torch.float64)
         dist.all_reduce(count)
         right = 0
-        groups = micro_batches([sample for _, sample in judged], config.sft.tokens_per_micro_batch, model.packed)
-        for group in pad_micro_batches(groups, model.fsdp_root):
-            if not group:  # another rank has more of them
-                (0 * classification_loss(model, head, [Sample.blank()], [0])[0]).backward()
-                continue
-            labels, samples = zip(*(judged[index] for index in group), strict=True)
-            loss, found = classification_loss(model, head, samples, labels)
+        samples = [sample for _, sample in judged]
+        for part in training_batches(model, samples, config.sft.tokens_per_micro_batch):
+            loss, found = classification_loss(model, head, part, [judged[index][0] for index in part.indices])
             (loss / float(count)).backward()
             right += found
         return sums | {"train/value_accuracy": (right, float(count))}

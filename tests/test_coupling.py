@@ -13,7 +13,7 @@ import envs
 import logger
 import train_rl
 from model import last_hidden, load_model
-from packing import Sample
+from packing import Sample, lay_out
 from paper import coupling
 from rollout import Episode, Step
 from samples import action_samples, set_advantages
@@ -189,7 +189,7 @@ def test_observe_equals_its_definition(played):
     good, flawed = [samples[5], samples[17]], [samples[i] for i in (0, 1, 2, 6, 7, 8, 12, 13, 14)]
     gradients = []
     for sample in good + flawed:
-        hidden_TH, target_T = (one.detach() for one in last_hidden(policy, [sample]))
+        hidden_TH, target_T = (one.detach() for one in last_hidden(policy, lay_out([sample], "padded")))
         weight = policy.inner.get_output_embeddings().weight.detach().double().requires_grad_()
         logits_TV = hidden_TH.double() @ weight.T / config.rollout.temperature
         logp = logits_TV.log_softmax(-1).gather(1, target_T[:, None]).sum()

@@ -30,9 +30,15 @@ SCENARIOS = {  # overrides; whether the weights are in shards
     "full, bfloat16": (["model.dtype=bfloat16"], True),
     "full, checkpointing": (["model.gradient_checkpointing=true"], True),
     "mini-batches smaller than the world": (["train.samples_per_update=1", "train.tokens_per_micro_batch=300"], True),
-    "8 bits": (["train.optimizer=adamw8bit"], True),
+    "ppo, 8 bits": (["algo.advantage=ppo", "train.critic_lr=1e-3", "train.optimizer=adamw8bit"], True),
     "nthr": (["algo.nthr=true", "algo.nthr_beta=0"], True),
     "ppo": (["algo.advantage=ppo", "train.critic_lr=1e-3"], True),
+    "ppo, bfloat16": (["algo.advantage=ppo", "train.critic_lr=1e-3", "model.dtype=bfloat16"], True),
+    "ppo, lora": ([*LORA, "algo.advantage=ppo", "train.critic_lr=1e-3"], False),
+    "ppo, qlora, 8 bits": (
+        [*LORA, "algo.advantage=ppo", "model.tune=qlora", "train.optimizer=adamw8bit"],
+        False,
+    ),
     "lora": ([*LORA, *KL], False),
     "lora in shards": ([*LORA, *KL], True),
     "qlora": ([*LORA, "model.tune=qlora"], False),
@@ -62,12 +68,10 @@ def updated(name: str, config: Config, samples: list[Sample], sharded: bool) -> 
         share = [sample for sample in tiny.off_policy(samples) if sample.group % world == rank]  # groups are whole
         if config.algo.nthr:
             baselines.nthr_reweight(policy, [sample for sample in share if not sample.is_critique], config)
-        train_rl.set_logprobs(policy, reference, share, config)
-        if ppo:
-            ppo.set_values(share)
-        set_importance_weights(share, config)
         ready = all_gather_objects(share)
         ready.sort(key=lambda one: (len(one.prompt_ids), one.prompt_ids.tolist(), one.response_ids.tolist()))
+        train_rl.score(policy, reference, ppo, ready, config)
+        set_importance_weights(ready, config)
         if ppo:
             ppo.set_advantages(ready)
         batches = mini_batches(ready, config, iteration, world)

@@ -10,7 +10,7 @@ import tiny
 import envs
 import evaluate
 from config import ConfigError
-from engine import make_engine
+from engine import Engine, SamplingParams, make_engine
 from environments import alfworld
 from evaluate import evaluate_levels, rate, summarise, summary_line, table
 from model import load_model
@@ -169,6 +169,31 @@ def test_guidelines_are_in_the_prompts(engine, config):
     _, guided = evaluate_levels(engine, config, ["Open every drawer."])
     assert all("- Open every drawer.\n" in step.prompt for episode in guided for step in episode.steps)
     assert not any("guideline" in step.prompt for episode in plain for step in episode.steps)
+
+
+def test_vllms_copy_of_the_weights_is_the_only_one(config, engine, monkeypatch):
+    policy = load_model(config, train=False)
+    expected, asked = policy.model.state_dict(), []
+
+    class Vllm(Engine):
+        def __init__(self, policy, config):
+            super().__init__(policy)
+            asked.append("start")
+
+        def load_weights(self, named):
+            self.weights = dict(named)
+
+    monkeypatch.setattr("engine.VllmEngine", Vllm)
+    monkeypatch.setattr(policy.model, "to", asked.append)
+    made = make_engine(tiny.changed(config, "rollout.engine=vllm"), policy, keep_model=False)
+    assert asked == ["cpu", "start"]  # vLLM looks how much of the GPU is free
+    assert tiny.distance(made.weights, expected) == 0
+    assert policy.model is None and made.policy.encode("Look.") == engine.policy.encode("Look.")
+
+
+def test_the_transformers_engine_keeps_the_weights_it_samples_with(config):
+    engine = make_engine(config, load_model(config, train=False), keep_model=False)
+    assert len(engine.generate([[5, 6, 7]], [SamplingParams(1.0, 3, 0)])[0].ids) > 0
 
 
 def test_more_games_than_there_are_is_an_error(engine, config):

@@ -15,7 +15,7 @@ import model
 import prompts
 from config import Config, ConfigError
 from engine import Completion
-from packing import Sample
+from packing import Sample, lay_out
 from paper import behaviour, coupling, figures, geometry
 from paper.behaviour import Subject
 from rollout import Episode, Step
@@ -59,7 +59,7 @@ def output_gradients(subject: Subject, samples: list[Sample]) -> list[torch.Tens
     policy, temperature = subject.engine.policy, subject.config.rollout.temperature
     gradients = []
     for sample in samples:
-        hidden_TH, target_T = (tensor.detach() for tensor in model.last_hidden(policy, [sample]))
+        hidden_TH, target_T = (tensor.detach() for tensor in model.last_hidden(policy, lay_out([sample], "padded")))
         weight = policy.model.get_output_embeddings().weight.detach().double().requires_grad_()
         logits_TV = hidden_TH.double() @ weight.T / temperature
         logp = logits_TV.log_softmax(-1).gather(1, target_T[:, None]).sum()
@@ -110,7 +110,9 @@ def test_likelihood_of_a_reply_and_of_its_action(subject):
     samples = [Sample(np.array(policy.encode("A room.")), np.array(policy.encode_reply(reply))) for reply in replies]
     found = geometry.likelihoods(policy, samples, config)
     with torch.no_grad():
-        logp_T = model.token_logprobs(policy, samples[:1], config.rollout.temperature)[0].double().numpy()
+        logp_T = (
+            model.token_logprobs(policy, lay_out(samples[:1], "padded"), config.rollout.temperature)[0].double().numpy()
+        )
     pieces = geometry.pieces_of(policy, samples[0].response_ids)
     words = ["go" in piece or "to" in piece or "desk" in piece or "2" in piece for piece in pieces]
     assert "".join(np.array(pieces)[words]).strip() == "go to desk 2"
@@ -197,7 +199,7 @@ def test_the_lens_on_the_last_layer_is_the_model(subject):
     policy, sample = subject.engine.policy, samples_of(subject)[1]
     with torch.no_grad():
         logits_LTV = geometry.layer_logits(policy, geometry.layer_states(policy, sample))
-        hidden_TH, _ = model.last_hidden(policy, [sample])
+        hidden_TH, _ = model.last_hidden(policy, lay_out([sample], "padded"))
         torch.testing.assert_close(
             logits_LTV[-1], policy.inner.get_output_embeddings()(hidden_TH), rtol=1e-4, atol=1e-4
         )

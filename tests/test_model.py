@@ -1,7 +1,6 @@
 """model.py and packing.py: the tokenizer, log-probs of packed and padded samples against a plain reference."""
 
 import json
-import random
 
 import huggingface_hub
 import numpy as np
@@ -9,15 +8,17 @@ import pytest
 import tiny
 import torch
 
+import attention
 import model
 import prompts
 from checkpoint import save_model
 from config import ConfigError
 from model import LanguageModel, all_logprobs, load_model, load_tokenizer
-from packing import Sample, micro_batches
+from packing import Sample, lay_out
 from prompts import PromptContext
 from tools import tiny_base_model
 
+PACKINGS = ["line", "padded"]
 TRICKY = [
     "",
     " ",
@@ -87,9 +88,10 @@ def small_model(small_games) -> torch.nn.Module:
     return tiny_base_model.build(tiny.corpus(small_games), 0, hidden=32, layers=2, heads=2, vocab=400)[0].eval()
 
 
-def scorer(small_model: torch.nn.Module, packed: bool = False, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def scorer(small_model: torch.nn.Module, packing: str = "padded", dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model without a tokenizer."""
-    return LanguageModel(small_model, None, torch.device("cpu"), dtype, packed)
+    small_model.set_attn_implementation("sdpa" if packing == "padded" else attention.NAME)
+    return LanguageModel(small_model, None, torch.device("cpu"), dtype, packing)
 
 
 def random_samples(seed: int = 0) -> list[Sample]:
@@ -116,12 +118,14 @@ def gradients(small_model, scalar: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("chunk", [2048, 7, 170])  # 170: all response tokens, one chunk to the token
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_token_logprobs_equal_a_plain_forward_pass(small_model, monkeypatch, packed, chunk, temperature):
+def test_token_logprobs_equal_a_plain_forward_pass(small_model, monkeypatch, packing, chunk, temperature):
     monkeypatch.setattr(model, "LOGIT_CHUNK", chunk)
     samples = random_samples()
-    logp_T, entropy_T = model.token_logprobs(scorer(small_model, packed), samples, temperature, entropy="gradient")
+    logp_T, entropy_T = model.token_logprobs(
+        scorer(small_model, packing), lay_out(samples, packing), temperature, entropy="gradient"
+    )
     expected_logp_T, expected_entropy_T = reference(small_model, samples, temperature)
     assert len(logp_T) == sum(len(sample.response_ids) for sample in samples) == 170
     torch.testing.assert_close(logp_T, expected_logp_T, atol=1e-5, rtol=0)
@@ -135,18 +139,18 @@ def test_token_logprobs_equal_a_plain_forward_pass(small_model, monkeypatch, pac
 
 
 def test_entropy_costs_nothing_unless_asked(small_model):
-    logp_T, entropy_T = model.token_logprobs(scorer(small_model), random_samples())
+    logp_T, entropy_T = model.token_logprobs(scorer(small_model), lay_out(random_samples(), "padded"))
     assert logp_T.requires_grad and not entropy_T.requires_grad and not entropy_T.any()
-    _, entropy_T = model.token_logprobs(scorer(small_model), random_samples(), entropy="value")
+    _, entropy_T = model.token_logprobs(scorer(small_model), lay_out(random_samples(), "padded"), entropy="value")
     torch.testing.assert_close(entropy_T, reference(small_model, random_samples(), 1.0)[1], atol=1e-5, rtol=0)
     assert not entropy_T.requires_grad
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_computing_in_bfloat16_keeps_float32_weights_and_gradients(small_model, packed):
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_computing_in_bfloat16_keeps_float32_weights_and_gradients(small_model, packing):
     samples = random_samples()
-    exact_T, _ = model.token_logprobs(scorer(small_model, packed), samples)
-    rough_T, _ = model.token_logprobs(scorer(small_model, packed, torch.bfloat16), samples)
+    exact_T, _ = model.token_logprobs(scorer(small_model, packing), lay_out(samples, packing))
+    rough_T, _ = model.token_logprobs(scorer(small_model, packing, torch.bfloat16), lay_out(samples, packing))
     assert rough_T.dtype == torch.float32 and 1e-5 < float((rough_T - exact_T).detach().abs().max()) < 0.05
     found = gradients(small_model, rough_T.mean())
     for one, other in zip(found, gradients(small_model, exact_T.mean()), strict=True):
@@ -154,36 +158,16 @@ def test_computing_in_bfloat16_keeps_float32_weights_and_gradients(small_model, 
         torch.testing.assert_close(one, other, atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("budget", [1, 100, 10_000])  # samples are up to 203 tokens long
-def test_all_logprobs_keep_the_order_of_samples(small_model, packed, budget):
+def test_all_logprobs_keep_the_order_of_samples(small_model, packing, budget):
     samples = random_samples(2)
-    found = all_logprobs(scorer(small_model, packed), samples, budget, 1.0)
+    found = all_logprobs(scorer(small_model, packing), samples, budget, 1.0)
     with torch.no_grad():
         expected = [reference(small_model, [sample], 1.0)[0].numpy() for sample in samples]
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == np.float32
         np.testing.assert_allclose(one, other, atol=1e-5)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_micro_batches_hold_every_sample_once_within_the_budget(packed):
-    rng = random.Random(0)
-    for _ in range(100):
-        samples = [
-            Sample(np.zeros(rng.randint(1, 80)), np.zeros(rng.randint(1, 20))) for _ in range(rng.randint(0, 40))
-        ]
-        budget = rng.choice([1, 50, 99, 100, 400, 10_000])
-
-        def cost(group, samples=samples):
-            lengths = [samples[index].num_tokens for index in group]
-            return sum(lengths) if packed else max(lengths) * len(lengths)
-
-        groups = micro_batches(samples, budget, packed)
-        assert sorted(index for group in groups for index in group) == list(range(len(samples)))
-        assert all(cost(group) <= budget or len(group) == 1 for group in groups)
-        for group, following in zip(groups, groups[1:], strict=False):
-            assert cost([*group, following[0]]) > budget  # no group is closed while there is room
 
 
 # ---- Folders that are no models

@@ -3,18 +3,24 @@
 import copy
 import dataclasses
 import itertools
+import json
+import os
 import random
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import torch._inductor.config as inductor
 
 import envs
 import prompts
+from config import ConfigError
 from engine import (
     Completion,
     Engine,
@@ -28,8 +34,10 @@ from engine import (
 )
 from environments import alfworld, scienceworld
 from model import LanguageModel, load_model, token_logprobs
-from packing import Sample
+from packing import Sample, lay_out
 from rollout import Episode, play
+
+COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +54,7 @@ def policy(config) -> LanguageModel:
 def engine(config, policy):
     """The one vLLM engine of this file. A test that changes the weights puts them back."""
     tiny.join()
+    os.environ.pop(COMPILE_THREADS, None)
     engine = make_engine(config, policy)
     assert isinstance(engine, VllmEngine)
     yield engine
@@ -82,7 +91,7 @@ def gap(policy: LanguageModel, prompt_ids, completions: list[Completion], temper
     """Mean |difference| between the completions' log-probs and the trainer's."""
     samples = [Sample(np.array(ids), np.array(one.ids)) for ids, one in zip(prompt_ids, completions, strict=True)]
     with torch.no_grad():
-        trainer, _ = token_logprobs(policy, samples, temperature)
+        trainer, _ = token_logprobs(policy, lay_out(samples, policy.packing), temperature)
     return float(np.abs(trainer.numpy() - np.concatenate([one.logprobs for one in completions])).mean())
 
 
@@ -140,11 +149,21 @@ def test_each_request_has_its_own_length_and_temperature(any_engine, prompt_ids)
 
 
 def test_an_untouched_generator_and_thread_count(engine, config, policy):
-    """vLLM would reseed torch's generator and disable set_num_threads."""
+    """vLLM would reseed torch's generator, disable set_num_threads and have one thread compile."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+    assert COMPILE_THREADS not in os.environ
+    assert inductor.compile_threads == inductor.decide_compile_threads()
+
+
+def test_the_end_of_turn_alone_ends_a_reply(engine, policy, prompt_ids, monkeypatch):
+    """Published models bring a generation_config.json; Qwen2.5's names a second token, at which vLLM would stop."""
+    plain = [completion.ids for completion in engine.generate(prompt_ids, params(12))]
+    named = [policy.tokenizer.eos_token_id, plain[0][1]]
+    monkeypatch.setitem(engine.llm.llm_engine.input_processor.generation_config_fields, "eos_token_id", named)
+    assert [completion.ids for completion in engine.generate(prompt_ids, params(12))] == plain
 
 
 def test_engine_notices_weights_that_were_not_synced(engine, config, policy, prompt_ids, monkeypatch):
@@ -208,6 +227,89 @@ def test_transformers_engine_ignores_the_models_own_sampling_habits(slow_engine,
         assert slow_engine.generate(prompt_ids[:4], params(4)) == plain
     finally:
         policy.model.generation_config = kept
+
+
+@pytest.fixture
+def on_gpu(policy, config, monkeypatch):
+    """What makes an engine as on a GPU; none is here, so in vLLM's place `fake` notes what it is asked for, and fails as it
+    is told."""
+    tiny.join()
+    fake = SimpleNamespace(asked=[], errors={})
+
+    def ask(name, **given):
+        fake.asked.append((name, given))
+        if name in fake.errors:
+            raise fake.errors[name]
+        return True
+
+    class Llm:
+        def __init__(self, *_, **given):
+            os.environ[COMPILE_THREADS] = "1"
+            ask("start", **given)
+
+        def __getattr__(self, name):
+            return lambda *_, **given: ask(name, **given)
+
+    monkeypatch.setattr("vllm.LLM", Llm)
+    return fake, lambda: VllmEngine(dataclasses.replace(policy, device=torch.device("cuda")), config)
+
+
+def test_on_a_gpu_the_engine_sleeps_without_its_weights(on_gpu):
+    fake, make = on_gpu
+    engine = make()
+    engine.sleep()
+    engine.load_weights([])
+    (_, settings), *asked = fake.asked
+    assert settings["enable_sleep_mode"] and "enable_chunked_prefill" not in settings
+    assert asked == [
+        ("sleep", {"level": 2}),  # its weights are not kept in main memory
+        ("wake_up", {"tags": ["weights"]}),
+        ("collective_rpc", {"kwargs": {"weights_iterator": []}}),
+        ("wake_up", {"tags": ["kv_cache"]}),
+        ("reset_prefix_cache", {}),
+    ]
+    fake.asked.clear()
+    engine.load_weights([])
+    assert [name for name, _ in fake.asked] == ["collective_rpc", "reset_prefix_cache"]
+
+
+@pytest.mark.parametrize(
+    "error, cure",
+    [
+        (ValueError("Free memory on device cuda:0 (9/80 GiB) on startup is less than desired"), "lower"),
+        (ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`"), "raise"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower"),
+        (RuntimeError("CUDA Error: out of memory at csrc/cumem_allocator.cpp:130"), "lower"),  # of wake_up()
+        (ValueError("Unknown model type"), None),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    ],
+)
+@pytest.mark.parametrize("when", ["start", "wake_up"])
+def test_too_little_gpu_memory_for_the_engine_says_what_to_change(on_gpu, monkeypatch, when, error, cure):
+    fake, make = on_gpu
+    monkeypatch.setenv(COMPILE_THREADS, "3")
+    fake.errors[when] = error
+    with pytest.raises(ConfigError if cure else type(error)) as raised:
+        engine = make()
+        engine.sleep()
+        engine.load_weights([])
+    assert os.environ[COMPILE_THREADS] == "3"
+    if cure:
+        assert f"{cure} rollout.gpu_memory_utilization ({error})" in str(raised.value)
+        assert raised.value.__cause__ is error
+    else:
+        assert raised.value is error
+
+
+def test_ranks_of_one_engine_wait_for_each_other_as_long_as_all(config, monkeypatch):
+    made = []
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
+    monkeypatch.setattr("torch.distributed.new_group", lambda *given, **named: made.append((given, named)) or given[0])
+    engine = SimpleNamespace()
+    VllmEngine._join_ranks(engine, tiny.changed(config, "rollout.tensor_parallel=2", "train.timeout_minutes=7"))
+    assert made == [(([first, first + 1], timedelta(minutes=7)), {"backend": "gloo"}) for first in (0, 2)]
+    assert (engine.replica, engine.num_replicas, engine.is_leader, engine.group) == (1, 2, True, [2, 3])
 
 
 def test_stable_seed():
@@ -488,7 +590,7 @@ def test_transformers_engine_collects_the_same_kind_of_episodes(slow_engine, con
     steps = [step for episode in episodes for step in episode.steps]
     samples = [Sample(np.array(step.prompt_ids), np.array(step.response_ids)) for step in steps]
     with torch.no_grad():
-        trainer, _ = token_logprobs(policy, samples, config.rollout.temperature)
+        trainer, _ = token_logprobs(policy, lay_out(samples, policy.packing), config.rollout.temperature)
     np.testing.assert_allclose(np.concatenate([step.logprobs for step in steps]), trainer, atol=1e-4)
 
 
@@ -497,6 +599,18 @@ def test_json_of_an_episode(episodes):
     assert {"prompt", "prompt_ids", "response_ids", "logprobs"} == set(whole["steps"][0]) - set(short["steps"][0])
     assert whole["steps"][0]["response_ids"] == episodes[0].steps[0].response_ids
     assert short["task"]["id"] == episodes[0].task.id and short["steps"][0]["action"] == episodes[0].steps[0].action
+    assert json.dumps(whole) == json.dumps(dataclasses.asdict(episodes[0]))
+
+    class Untouched(list):
+        def __iter__(self):
+            raise AssertionError("tokens were copied that are not written")
+
+    tokens = ("prompt_ids", "response_ids", "logprobs")
+    steps = [
+        dataclasses.replace(step, **{name: Untouched(getattr(step, name)) for name in tokens})
+        for step in episodes[0].steps
+    ]
+    assert dataclasses.replace(episodes[0], steps=steps).to_json() == short
 
 
 def test_the_benchmark_prints_its_ratios(small_games: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import train_sft
 from checkpoint import save_model
 from config import Config, ConfigError, EnvConfig, SFTConfig
 from model import load_model
+from packing import lay_out
 from paper import value_sft
 
 
@@ -67,11 +68,11 @@ def test_the_head_learns_to_classify(small_games: Path, tmp_path: Path, monkeypa
     assert records[-1]["train/nll_per_token"] < records[0]["train/nll_per_token"]
     labelled = [train_sft.tokenise(model, row, 0.0)[0] for row in rows if "label" in row]
     with torch.no_grad():
-        loss, right = value_sft.classification_loss(model, head, labelled, [0] * 8 + [1] * 8)
+        loss, right = value_sft.classification_loss(model, head, lay_out(labelled, model.packing), [0] * 8 + [1] * 8)
         whole = [dataclasses.replace(one, prompt_ids=one.prompt_ids[:1],
                                      response_ids=np.concatenate([one.prompt_ids[1:], one.response_ids]))
                  for one in labelled]  # fmt: skip
-        again, _ = value_sft.classification_loss(model, head, whole, [0] * 8 + [1] * 8)
+        again, _ = value_sft.classification_loss(model, head, lay_out(whole, model.packing), [0] * 8 + [1] * 8)
     assert right >= 13 and torch.equal(loss, again)  # a reply is judged where it ends, wherever it is said to begin
     save_model(model, tmp_path / "final", state={"value_head": head.state_dict()})
     kept = torch.load(tmp_path / "final" / "trainer" / "state.pt", weights_only=True)["value_head"]

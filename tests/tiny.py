@@ -70,6 +70,7 @@ def checkpoint(games: Path, style: str = "think") -> Path:
     import distributed
     import model
     import train_sft
+    from packing import lay_out
     from tools import tiny_base_model
 
     config = sft_config(games, style)
@@ -86,7 +87,7 @@ def checkpoint(games: Path, style: str = "think") -> Path:
     for update in range(updates):
         batch = rng.sample(rows, 8)
         weight_T = torch.from_numpy(np.concatenate([weight for _, weight in batch])).float()
-        logp_T, _ = model.token_logprobs(policy, [sample for sample, _ in batch])
+        logp_T, _ = model.token_logprobs(policy, lay_out([sample for sample, _ in batch], policy.packing))
         (-(logp_T * weight_T).sum() / weight_T.sum()).backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         for group in optimizer.param_groups:
