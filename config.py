@@ -210,8 +210,8 @@ class TrainConfig:
     samples_per_update: int = option(
         256, "actions per optimizer step, over all ranks; critiques are dealt alike", above=0
     )
-    deal: Literal["groups", "shuffled"] = option(
-        "groups", "mini-batches of games and questions as whole as can be, which share most tokens; or of any samples"
+    deal: Literal["prefixes", "shuffled"] = option(
+        "prefixes", "samples go to mini-batches in runs of those that begin alike, which share most tokens, or singly"
     )
     tokens_per_micro_batch: int = option(16384, "of one forward and backward pass, shared ones once", above=0)
     old_logprobs: Literal["trainer", "engine"] = option("trainer", "whose log-probs the ratio is taken against")

@@ -268,7 +268,7 @@ class VllmEngine(Engine):
         if self.can_sleep:
             # Level 2 forgets the weights, which load_weights() sends anyway: 1 would copy them to main memory and back.
             # The model's buffers (rotary caches) are kept by vLLM's worker, the sampler's arrays are written anew.
-            self.llm.sleep(level=1)
+            self.llm.sleep(level=2)
             self.asleep = True
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -63,10 +63,10 @@ class LanguageModel:
 
     `dtype` is what it computes in, under autocast; `packing` how samples are laid out for it. `base`: the folder or hub
     id that has its config.json; with an adapter that of the model under it. `fsdp_root`: None where each rank has all
-    weights.
+    weights. `model` is None where the engine has the only copy of the weights (evaluate.py).
     """
 
-    model: torch.nn.Module
+    model: torch.nn.Module | None
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype = torch.float32

@@ -24,6 +24,8 @@ from config import Config
 from packing import Sample, sort_by_prefix, split_evenly
 from rollout import Episode, Step
 
+RUN = 8  # samples that begin alike and stay in one mini-batch, at least (train.deal=prefixes)
+
 
 def make_sample(
     step: Step, is_critique: bool = False, won: bool = False, group: int = -1, trajectory: int = -1
@@ -147,19 +149,18 @@ def record_advantages(samples: Sequence[Sample]) -> None:
 def mini_batches(samples: Sequence[Sample], config: Config, iteration: int, world: int) -> list[list[list[Sample]]]:
     """Deal out every sample once: [mini-batch][rank] -> samples.
 
-    Mini-batches have equal numbers of actions, and of critiques. With train.deal=groups a game's actions, which begin
-    alike, lie side by side before they are cut into mini-batches, so that few games are cut in two; and so do a
-    question's answers. With shuffled each sample is drawn by itself. A mini-batch is split over the ranks by the
-    distinct tokens that they have to compute. The same for every rank, and the same mini-batches for every world size.
+    Mini-batches have equally many actions, and critiques; with train.deal=shuffled each sample is drawn by itself, with
+    prefixes in runs of those that begin alike (`deal_runs`). A mini-batch is split over the ranks by the distinct
+    tokens that they will compute. The same for every rank, and the same mini-batches for every world size.
     """
     rng = random.Random(f"mini-batches {config.seed} {iteration}")
-    kinds = [[sample for sample in samples if sample.is_critique == is_critique] for is_critique in (False, True)]
-    number = max(1, -(-len(kinds[0]) // config.train.samples_per_update))
+    actions, critiques = ([one for one in samples if one.is_critique == kind] for kind in (False, True))
+    number = max(1, -(-len(actions) // config.train.samples_per_update))
     batches: list[list[Sample]] = [[] for _ in range(number)]
-    for kind in kinds:
-        dealt = rng.sample(kind, len(kind)) if config.train.deal == "shuffled" else side_by_side(kind, rng)
-        for position, sample in enumerate(dealt):
-            batches[position * number // len(dealt)].append(sample)
+    for kind in (actions, critiques):
+        run = RUN if config.train.deal == "prefixes" else 1
+        for batch, part in zip(batches, deal_runs(kind, number, run, rng), strict=True):
+            batch += part
     shares = []
     for batch in batches:
         computed = [has_gradient(sample, config) for sample in batch]
@@ -168,10 +169,20 @@ def mini_batches(samples: Sequence[Sample], config: Config, iteration: int, worl
     return shares
 
 
-def side_by_side(samples: Sequence[Sample], rng: random.Random) -> list[Sample]:
-    """Shuffle games, and questions, but not what is in them: samples that begin alike stay together."""
-    units: dict[Any, list[Sample]] = defaultdict(list)
+def deal_runs(samples: Sequence[Sample], number: int, run: int, rng: random.Random) -> list[list[Sample]]:
+    """Deal samples into `number` parts of about equal size, in runs of `run` or more that begin alike.
+
+    The actions of a game, or the answers to a question, are sorted by their tokens and cut into as many runs as there
+    are parts, so that each has some of every game, but not into shorter ones: then the shortest parts get them.
+    """
+    alike: dict[Any, list[Sample]] = defaultdict(list)
     for sample in samples:
-        units[sample.prompt_ids.tobytes() if sample.is_critique else sample.group].append(sample)
-    drawn = rng.sample(list(units.values()), len(units))
-    return [unit[index] for unit in drawn for index in sort_by_prefix(unit)[0]]
+        alike[sample.prompt_ids.tobytes() if sample.is_critique else sample.group].append(sample)
+    parts: list[list[Sample]] = [[] for _ in range(number)]
+    for group in rng.sample(list(alike.values()), len(alike)):
+        order, _ = sort_by_prefix(group)
+        runs = min(number, max(1, len(group) // run))
+        shortest = sorted(rng.sample(parts, number), key=len)
+        for at, part in zip(range(runs), shortest, strict=False):
+            part += [group[index] for index in order[len(order) * at // runs : len(order) * (at + 1) // runs]]
+    return parts

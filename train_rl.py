@@ -472,6 +472,7 @@ def update_metrics(local_sums: dict[str, float], gap_T: np.ndarray, steps: int) 
     sums = sum_dicts(all_gather_objects([local_sums | {key: float(value) for key, value in gaps.items()}]))
     worst = max(all_gather_objects([float(np.abs(gap_T).max(initial=0.0))]))
     response_tokens, loss_tokens = (max(1.0, sums.get(name, 0.0)) for name in ("response_tokens", "loss_tokens"))
+    tokens, distinct = sums.get("tokens", 0.0), sums.get("distinct_tokens", 0.0)
     skipped = round(sums.get("skipped", 0))
     return {
         "train/loss_policy": sums.get("loss_policy", 0.0) / steps,
@@ -484,11 +485,12 @@ def update_metrics(local_sums: dict[str, float], gap_T: np.ndarray, steps: int) 
         "train/grad_norm": sums.get("grad_norm", 0.0) / max(1, steps - skipped),
         "train/skipped_steps": skipped,
         "train/updates": steps,
-        "train/tokens": sums.get("tokens", 0.0),
-        "train/distinct_tokens": sums.get("distinct_tokens", 0.0),
-        "train/critique_tokens": sums.get("critique_tokens", 0.0),
-        "train/distinct_critique_tokens": sums.get("distinct_critique_tokens", 0.0),
-        "train/padding_share": 1 - sums.get("distinct_tokens", 0.0) / max(1, sums.get("computed_tokens", 0.0)),
+        "train/tokens": tokens,
+        "train/distinct_tokens": distinct,
+        "train/tokens_per_distinct": tokens / max(1.0, distinct),
+        "train/critique_share": sums.get("critique_tokens", 0.0) / max(1.0, tokens),
+        "train/critique_share_distinct": sums.get("distinct_critique_tokens", 0.0) / max(1.0, distinct),
+        "train/padding_share": 1 - distinct / max(1.0, sums.get("computed_tokens", 0.0)),
         "mismatch/mean_abs": sums["gap"] / max(1, sums["gaps"]),
         "mismatch/kl": sums["gap_kl"] / max(1, sums["gaps"]),
         "mismatch/max_abs": worst,

@@ -14,7 +14,9 @@ def test_gcd_overhead_prints_a_ratio(small_games, tmp_path):
 
 
 def test_update_compares_its_sides(tmp_path):
-    arguments = ["--samples", "2", "--repeats", "1", "--sides", "reply", "ours"]
+    arguments = ["--group-size", "2", "--repeats", "1", "--sides", "reply", "padded", "ours"]
     printed = tiny.run("benchmarks/update.py", *arguments, cwd=tmp_path)
-    ratios = re.findall(r"(time|peak memory) of reply / ours: (\d+\.\d+)", printed)
-    assert [what for what, _ in ratios] == ["time", "peak memory"] and all(float(ratio) > 0 for _, ratio in ratios)
+    ratios = re.findall(r"(time|peak memory) of (reply|padded) / ours: (\d+\.\d+)", printed)
+    assert [side for _, side, _ in ratios] == ["reply", "reply", "padded", "padded"]
+    assert all(float(ratio) > 0 for *_, ratio in ratios)
+    assert float(re.search(r"tokens of the samples / distinct ones: (\S+)", printed)[1]) > 1.5

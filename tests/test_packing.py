@@ -1,15 +1,13 @@
-"""packing.py and attention.py: the trie's lines, their mask, and log-probs and gradients against plain forward passes."""
+"""packing.py and attention.py: the lines, their mask, and log-probs and gradients against plain forward passes."""
 
 import dataclasses
 import functools
-import warnings
 
 import numpy as np
 import pytest
 import tiny  # noqa: F401  before torch
 import torch
-import transformers
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+import torch.nn.attention.flex_attention as flex
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,11 +33,11 @@ def distinct_tokens(samples: list[Sample]) -> int:
     return len({tokens[:end].tobytes() for tokens in every for end in range(1, len(tokens) + 1)})
 
 
-def grown_samples(seed: int, most: int = 16) -> list[Sample]:
+def grown_samples(seed: int) -> list[Sample]:
     """Samples each of which goes on where an earlier one is cut, or at its end, or not at all."""
     rng = np.random.default_rng(seed)
     ids, longest, samples = IDS[: rng.choice([1, 2, 6])], rng.choice([3, 30, 300]), []
-    for _ in range(rng.integers(0, most)):
+    for _ in range(rng.integers(0, 16)):
         before = tokens_of(samples[rng.integers(len(samples))]) if samples and rng.random() < 0.8 else IDS[:0]
         cut = rng.choice([len(before), rng.integers(len(before) + 1)])
         new = rng.choice(ids, rng.choice([0, rng.integers(longest)]))
@@ -83,7 +81,7 @@ def check_lines(batch: MicroBatch, packing: Packing) -> None:
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("budget", [1, 50, 300, 2048, 10_000])
+@pytest.mark.parametrize("budget", [1, 50, 300, 10_000])
 def test_micro_batches_hold_every_sample_once_and_within_the_budget(packing, budget):
     for seed in range(60):
         samples = grown_samples(seed)
@@ -164,7 +162,7 @@ def test_split_evenly_leaves_no_sample_out():
         assert len(split) == parts and sorted(map(id, sum(split, []))) == sorted(map(id, samples))
     assert split_evenly([], 3) == [[], [], []]
     alike = [Sample(IDS[:3], IDS[3:]) for _ in range(5)]
-    assert sorted(map(len, split_evenly(alike, 8)))[-2:] != [5, 5] and sum(map(len, split_evenly(alike, 8))) == 5
+    assert sum(map(len, split_evenly(alike, 8))) == 5
 
 
 # ---- The mask
@@ -177,10 +175,10 @@ def dense(end_L: np.ndarray) -> torch.Tensor:
 
 
 @functools.cache
-def long_lines(packing: Packing) -> list[np.ndarray]:
-    """Ends of the tokens of some lines, up to about 3,000 tokens long."""
-    lines = [lay_out(grown_samples(seed, most=24), packing).end_L for seed in range(100, 130)]
-    return sorted(lines, key=len)[-8:] + [lay_out([], packing).end_L]
+def some_lines(packing: Packing) -> list[np.ndarray]:
+    """Ends of the tokens of some lines, the longest about 1,200 tokens long."""
+    samples = [related_samples(), *(grown_samples(seed) for seed in (106, 110, 114, 134)), []]
+    return [lay_out(one, packing).end_L for one in samples]
 
 
 def block_sets(mask, name: str) -> list[set[int]]:
@@ -191,10 +189,10 @@ def block_sets(mask, name: str) -> list[set[int]]:
 
 def test_flex_attention_gets_torchs_own_mask():
     partial = full = 0
-    for end_L in long_lines("blocks"):
+    for end_L in some_lines("blocks"):
         mask = LineMask(end_L, 1, torch.device("cpu"))
         found, length = mask.for_flex, len(end_L)
-        expected = create_block_mask(found.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
+        expected = flex.create_block_mask(found.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
         assert mask.shape == found.shape == expected.shape
         for name in ("kv", "full_kv", "q", "full_q"):
             assert block_sets(found, name) == block_sets(expected, name)
@@ -212,7 +210,7 @@ def test_flex_attention_gets_torchs_own_mask():
                 seen_LL[queries[:, None], keys] = True
             partial, full = partial + len(some), full + len(whole)
         assert torch.equal(seen_LL, dense(end_L))
-    assert partial > 50 and full > 50
+    assert partial > 50 and full > 5
 
 
 def random_heads(length: int, key_heads: int, dim: int = 8, value_dim: int = 8) -> list[torch.Tensor]:
@@ -222,20 +220,19 @@ def random_heads(length: int, key_heads: int, dim: int = 8, value_dim: int = 8) 
     return [2 * torch.randn(1, *shape, generator=generator).transpose(1, 2) for shape in shapes]
 
 
-def test_flex_attention_equals_a_dense_mask():
-    for end_L in long_lines("blocks")[-4:]:
+def test_flex_attention_equals_a_dense_mask(monkeypatch):
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # dynamo's first call costs seconds
+    for end_L in some_lines("blocks")[:3]:
         mask, heads = LineMask(end_L, 1, torch.device("cpu")), random_heads(len(end_L), 2)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # that it is not compiled
-            found = flex_attention(*heads, block_mask=mask.for_flex, enable_gqa=True)
+        with torch.no_grad():
+            found = flex.flex_attention(*heads, block_mask=mask.for_flex, enable_gqa=True)
         expected = scaled_dot_product_attention(*heads, attn_mask=dense(end_L), enable_gqa=True)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize("longest", [1, 600, 5000])  # 64, 128 and 1216 queries in a block
+@pytest.mark.parametrize("key_heads, longest", [(1, 1), (2, 1), (4, 600), (2, 5000)])  # blocks of 64, 128, 1216 queries
 def test_attention_on_cpu_equals_a_dense_mask(key_heads, longest):
-    for end_L in long_lines("line"):
+    for end_L in some_lines("line"):
         mask = LineMask(end_L, longest, torch.device("cpu"))
         heads = random_heads(len(end_L), key_heads, value_dim=6)
         found, _ = attention.attend(torch.nn.Module(), *heads, mask, scaling=0.3)
@@ -244,7 +241,7 @@ def test_attention_on_cpu_equals_a_dense_mask(key_heads, longest):
 
 
 def test_one_mask_serves_layers_of_different_heads_and_dtypes():
-    end_L = long_lines("line")[0]
+    end_L = some_lines("line")[1]
     mask = LineMask(end_L, 1, torch.device("cpu"))
     for key_heads, dtype in ((4, torch.float32), (2, torch.float32), (2, torch.float64)):
         heads = [one.to(dtype) for one in random_heads(len(end_L), key_heads)]
@@ -391,7 +388,7 @@ def test_log_probs_would_show_what_must_not_be_seen():
     model, _ = attention_of(2)
     policy, batch = packed(model, "line"), lay_out(related_samples(), "line")
     right_T, _ = token_logprobs(policy, batch)
-    place = int(batch.source_T[-1]) // 2
+    place = 30  # within the first sample
     longer_L, later_BL = batch.end_L.copy(), batch.position_ids_BL.copy()
     longer_L[place], later_BL[0, place] = len(longer_L), later_BL[0, place] + 1
     for changed in ({"end_L": longer_L}, {"position_ids_BL": later_BL}):
@@ -488,7 +485,7 @@ UNSUPPORTED = {
 }  # fmt: skip
 
 
-def mean_error(model: torch.nn.Module, packing: Packing) -> float:
+def largest_error(model: torch.nn.Module, packing: Packing) -> float:
     """How far the log-probs of samples in one micro-batch are from those of each alone, padded."""
     samples = sorted(related_samples(), key=lambda sample: sample.num_tokens)[:8]
     policy = LanguageModel(model, None, torch.device("cpu"))
@@ -505,7 +502,7 @@ def test_models_of_plain_attention_share_tokens(kind):
     assert attention.supports_lines(model)
     assert choose_packing(Config(device="cpu"), model) == "line"
     assert model.config._attn_implementation == attention.NAME
-    assert mean_error(model, "line") < 1e-5
+    assert largest_error(model, "line") < 1e-5
 
 
 @pytest.mark.parametrize("kind", UNSUPPORTED)
@@ -515,7 +512,7 @@ def test_other_models_have_padded_lines(kind):
     assert not attention.supports_lines(model)
     assert choose_packing(Config(device="cpu"), model) == "padded"
     assert model.config._attn_implementation == before != attention.NAME
-    assert mean_error(model, "padded") < 1e-5
+    assert largest_error(model, "padded") < 1e-5
 
 
 def test_sdpa_asks_for_padded_lines():

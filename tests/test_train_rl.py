@@ -412,12 +412,12 @@ def test_update_is_the_same_for_one_and_two_ranks(initial, samples, config, tmp_
         moved = max(float((weight - start[key]).abs().max()) for key, weight in weights.items())
         assert tiny.distance(first[name][0], weights) < bound < 1e-4 < moved, name
         for key, value in metrics.items():
-            if key != "train/padding_share":
+            if key != "train/padding_share" and "distinct" not in key:  # hang on how samples are split
                 near = pytest.approx(value, rel=1e-4, abs=1e-5)
                 assert first[name][1][key] == near and second[name][1][key] == near, (name, key)
 
 
-@pytest.mark.parametrize("deal", ["groups", "shuffled"])
+@pytest.mark.parametrize("deal", ["prefixes", "shuffled"])
 def test_mini_batches_deal_out_every_row_once(config, deal):
     rng = random.Random(0)
     samples = [

@@ -3,12 +3,14 @@
     python tools/memory.py configs/qwen7b_gcd.yaml --gpus 8 --gib 80 --set model.tune=lora
 
 Counted: weights, gradients and Adam's moments, copies in half precision, activations of one micro-batch, the logits of
-one chunk, the engine's share.  Parameters are counted on a model built without memory; activations follow from its
-sizes.
+one chunk, the engine's share and what is left of it while it sleeps.  Parameters are counted on a model built without
+memory; activations follow from its sizes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,9 @@ from model import LOGIT_CHUNK, base_of
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 UNCOUNTED_GIB = 2.0  # the allocator's waste, CUDA's libraries
+ENGINE_GIB = 3.0  # of vLLM beside weights and cache: activations of its largest step, captured graphs, libraries: 2 to 3
+ASLEEP_GIB = 2.5  # what it keeps of these while it sleeps: 1 to 2.5
+SEQUENCES = 8  # of the longest, that its cache should hold: with less, replies wait for each other
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SIZES += ("vocab_size", "tie_word_embeddings")
 PUBLISHED = {  # SIZES of the paper's models, so that a machine without a network can plan for them
@@ -36,7 +41,7 @@ PUBLISHED = {  # SIZES of the paper's models, so that a machine without a networ
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of an RL iteration: GiB by what holds them."""
+    """A phase of an RL run: GiB by what holds them."""
 
     name: str
     parts: dict[str, float]
@@ -100,54 +105,78 @@ def count(config: Config, sizes: PretrainedConfig | None = None) -> tuple[Pretra
     )
 
 
+def longest_sample(config: Config) -> int:
+    """Return the most tokens that a prompt and its reply may have."""
+    asked = [config.rollout] + [config.judge] * config.judge.enabled
+    return max(one.max_prompt_tokens + one.max_response_tokens for one in asked)
+
+
 def phases(
     config: Config, gpu_gib: float, world: int = 1, sizes: PretrainedConfig | None = None
 ) -> tuple[Parameters, list[Phase]]:
-    """Estimate the phases of an RL iteration on one of `world` GPUs of `gpu_gib`; the model's parameters, too.
+    """Estimate the phases of an RL run on one of `world` GPUs of `gpu_gib`, the update last; the model's parameters,
+    too.
 
     With device=cpu it is what the same update takes there, for benchmarks/update.py to compare. Raises ConfigError for
     an unknown model.
     """
     sizes, number = count(config, sizes)
-    model, train, on_cpu = config.model, config.train, config.device == "cpu"
+    model, train, rollout, on_cpu = config.model, config.train, config.rollout, config.device == "cpu"
+    tokens, hidden, layers = train.tokens_per_micro_batch, sizes.hidden_size, sizes.num_hidden_layers
     width = 4 if model.dtype == "float32" or (on_cpu and model.dtype == "auto") else 2  # bytes of what is computed in
     sharded = {"auto": model.tune == "full", "always": True, "never": False}[model.shard]
     shards = world if sharded else 1
-    weights = {
-        "full": 4 * number.all / shards,
-        "lora": width * number.all / shards + 4 * number.trained / shards,
+    whole = width * number.all  # the model in what is computed in
+    loaded = {  # each rank loads all of it, and then keeps its shard
+        "full": 4 * number.all,
+        "lora": whole + 4 * number.trained,
         "qlora": width * (number.all - number.matrices) + 4.5 / 8 * number.matrices + 4 * number.trained,
     }[model.tune]
-    adam = (2 if train.optimizer == "adamw8bit" else 8) * number.trained / shards
+    weights, adam = loaded / shards, (2 if train.optimizer == "adamw8bit" else 8) * number.trained / shards
     held = {"trainer's weights": weights, "Adam": adam}
-    if config.algo.advantage == "ppo":
+    reference = config.algo.kl > 0 and model.tune == "full"  # adapters are taken off instead
+    if reference and shards > 1:
+        held["reference"] = whole / shards
+    load = {"model, whole": loaded}
+    if config.algo.advantage == "ppo":  # its critic is loaded after the policy
+        load |= held
         held["critic, with Adam"] = weights + adam
-    share = config.rollout.gpu_memory_utilization * gpu_gib * GIB
-    engine = max(share, 1.1 * width * number.all / config.rollout.tensor_parallel)  # the model, a small cache at least
 
-    tokens, hidden, layers = train.tokens_per_micro_batch, sizes.hidden_size, sizes.num_hidden_layers
-    # of one layer and token: inputs of its matrices as computed, and the two norms' in float32
-    layer = (width * (6 * hidden + 4 * sizes.intermediate_size) + 8 * hidden) * tokens
+    cache = 2 * width * layers * sizes.num_key_value_heads * hidden // sizes.num_attention_heads  # keys, values
+    least = (whole + SEQUENCES * longest_sample(config) * cache) / rollout.tensor_parallel + ENGINE_GIB * GIB
+    engine = max(rollout.gpu_memory_utilization * gpu_gib * GIB, least)
+
+    # What computes: all of a sharded model in passes without gradient, in others what is outside of the layers and two
+    # of these, for the next comes while one computes; else the copies of float32 weights, or of a matrix in 4 bits.
+    copy = {"full": whole if width == 2 else 0, "lora": 0, "qlora": width * number.largest}[model.tune]
+    scoring = whole if shards > 1 else copy
+    training = width * (number.outside + 2 * (number.all - number.outside) / layers) if shards > 1 else copy
+    # Kept of a layer and token, counted on Qwen2: what goes into matrices and attention, which repeats keys and values,
+    # is 9 hidden and 4 inner states; in half precision norms keep 2 in float32, and float32 weights half as many again
+    norms = 0 if width == 4 else 8 * hidden if shards > 1 else 18 * hidden
+    layer = (width * (9 * hidden + 4 * sizes.intermediate_size) + norms) * tokens
     kept = layers * 4 * hidden * tokens + layer if model.gradient_checkpointing else layers * layer
-    work = {"logits": 3 * 4 * LOGIT_CHUNK * sizes.vocab_size}
-    if model.attention == "sdpa" and not on_cpu:  # samples are packed
-        work["attention mask"] = 3 * tokens**2  # as bool and in half precision
-    copy = {
-        "full": 0 if width == 4 and shards == 1 else width * number.all,
-        "lora": 0,
-        "qlora": width * number.largest,
-    }[model.tune]
-    gathered = width * (number.outside + 2 * (number.all - number.outside) / layers) if shards > 1 else copy
-    score = {"weights in half precision": copy, "activations": layer}
-    if config.algo.kl > 0 and model.tune == "full":
-        score["reference"] = width * number.all
+    logits = 4 * LOGIT_CHUNK * sizes.vocab_size  # in float32
+    sync = {"engine": engine, "weights to compute with": scoring, "activations": layer}  # a few samples, as a check
+    score = {
+        "logits": 2 * logits,  # and log-probs
+        "weights to compute with": whole if reference else scoring,  # not sharded, the reference is there by itself
+        "activations": layer,
+    }
     if config.algo.nthr:  # hidden states and errors of a group's longest replies, over some 4096 tokens in use
-        group = config.rollout.group_size * config.env.max_steps * config.rollout.max_response_tokens
+        group = rollout.group_size * config.env.max_steps * rollout.max_response_tokens
         score["NTHR, at most"] = 4 * group * (2 * 4096 + 2 * hidden)
-    update = {"weights in half precision": gathered, "activations": kept, "gradients": 4 * number.trained / shards}
-    if world > 1 and shards == 1:
-        update["their sum over ranks"] = 4 * number.trained
-    made = [("collect", held | {"engine": engine}), ("score", held | work | score), ("update", held | work | update)]
+    update = {
+        "logits": 3 * logits,  # log-probs and two gradients; that of entropies comes in blocks
+        "weights to compute with": training,
+        "activations": kept,
+        "gradients": 4 * number.trained / shards,
+    }
+    if world > 1:  # all at once, or of those weights that are gathered
+        update["their sum over ranks"] = 4 * number.trained if shards == 1 else min(training, width * number.trained)
+    asleep = {} if on_cpu else {"engine": ASLEEP_GIB * GIB}
+    made = [("load", load), ("sync", held | sync), ("collect", held | {"engine": engine})]
+    made += [("score", held | asleep | score), ("update", held | asleep | update)]
     return number, [Phase(name, {key: size / GIB for key, size in parts.items()}) for name, parts in made]
 
 
@@ -155,8 +184,10 @@ def table(config: Config, gpu_gib: float = 0.0, world: int = 1) -> str:
     """Write the estimate as lines that begin with #, against GPUs of a size; 0: of the one that is here, or 80 GiB."""
     here = torch.cuda.is_available() and not gpu_gib
     gpu_gib = torch.cuda.get_device_properties(0).total_memory / GIB if here else gpu_gib or 80.0
+    most = max(config.train.tokens_per_micro_batch, longest_sample(config))  # a longer sample is computed alone
+    filled = dataclasses.replace(config.train, tokens_per_micro_batch=most)
     try:
-        number, estimate = phases(config, gpu_gib, world)
+        number, estimate = phases(dataclasses.replace(config, train=filled), gpu_gib, world)
     except ConfigError as error:
         return f"# memory: {error}"
     what = f"{number.all / 1e6:,.1f} million parameters, {number.trained / 1e6:,.1f} trained"
@@ -166,10 +197,17 @@ def table(config: Config, gpu_gib: float = 0.0, world: int = 1) -> str:
     for phase in estimate:
         parts = ", ".join(f"{name} {gib:.1f}" for name, gib in phase.parts.items() if gib)
         lines.append(f"#   {phase.name:<8}{phase.total:7.1f} GiB: {parts}")
+    engine, share = estimate[-3].parts["engine"], config.rollout.gpu_memory_utilization
+    if engine > share * gpu_gib * 1.001:
+        lines.append(
+            f"#   does not fit: rollout.gpu_memory_utilization={share:g} leaves vLLM too little cache: set it to "
+            f"{math.ceil(100 * engine / gpu_gib) / 100:g}, or raise rollout.tensor_parallel"
+        )
     if max(phase.total for phase in estimate) + UNCOUNTED_GIB > gpu_gib:
         lines.append(
-            f"#   does not fit into {gpu_gib:.0f} GiB: lower train.tokens_per_micro_batch or "
-            "rollout.gpu_memory_utilization, set train.optimizer=adamw8bit or model.tune=lora, or use more GPUs"
+            f"#   does not fit into {gpu_gib:.0f} GiB: set model.gradient_checkpointing=true, lower "
+            "train.tokens_per_micro_batch or rollout.gpu_memory_utilization, set train.optimizer=adamw8bit or "
+            "model.tune=lora, or use more GPUs"
         )
     return "\n".join(lines)
 

@@ -77,7 +77,8 @@ MISMATCH = (
 )
 MACHINE = (
     ("Sampled tokens per second", "rollout/tokens_per_s", "number", None),
-    ("Peak GPU memory, GiB", "mem/peak_gib", "number", None),
+    ("Tokens trained on per token computed", "train/tokens_per_distinct", "number", 1.0),
+    ("Peak GPU memory of the trainer, GiB", "mem/peak_gib", "number", None),
 )
 LABELS = (
     ("flawed, by rule", "judge/label_flawed", "flawed"),
