@@ -31,8 +31,8 @@ class LineMask(BlockMask):
     """Who sees whom in one line. A BlockMask by name alone: transformers gives these to the attention unread."""
 
     def __init__(self, end_L: np.ndarray, longest: int, device: torch.device) -> None:
-        """Take the line's packing.MicroBatch.end_BL, and how many tokens its longest sample has."""
-        self.end_L, self.device = end_L, device
+        """Take the line's packing.MicroBatch.end_L, and how many tokens its longest sample has."""
+        self.end_L, self.device, self._biases = end_L, device, {}
         self.queries = QUERIES * max(1, longest // 4 // QUERIES)  # of a block on CPU
 
     @property
@@ -89,10 +89,14 @@ class LineMask(BlockMask):
 
     def biases(self, copies: int, dtype: torch.dtype) -> list[Tensor]:
         """Return key_blocks' masks as what is added to scores, [N, 1, copies Q, K]; made once for all layers."""
-        if not hasattr(self, "_biases"):
+        if (copies, dtype) not in self._biases:
             seen = (seen_NQK.repeat(1, copies, 1)[:, None] for _, seen_NQK in self.key_blocks[1])
-            self._biases = [torch.zeros(one.shape, dtype=dtype).masked_fill_(~one, -torch.inf) for one in seen]
-        return self._biases
+            biases = [torch.zeros(one.shape, dtype=dtype).masked_fill_(~one, -torch.inf) for one in seen]
+            self._biases[copies, dtype] = biases
+        return self._biases[copies, dtype]
+
+    def __repr__(self) -> str:
+        return f"LineMask({len(self.end_L)} tokens)"
 
 
 def attend(
@@ -133,7 +137,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 def supports_lines(model: PreTrainedModel) -> bool:
     """Tell whether all layers are plain attention, which sees what a mask lets it see: no window, no state."""
-    config = model.config
+    config = model.config.get_text_config()
     plain = model._supports_attention_backend and model._supports_sdpa and model._supports_flex_attn
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     layers = getattr(config, "layer_types", None)

@@ -218,6 +218,10 @@ def choose_packing(config: Config, model: PreTrainedModel) -> Packing:
     if on_cuda and importlib.util.find_spec("triton") is None:
         return "padded"
     model.set_attn_implementation(attention.NAME)
+    if on_cuda:
+        import torch._dynamo.config as dynamo  # takes seconds, and a CPU does without
+
+        dynamo.recompile_limit = 64  # flex_attention's: by lines' lengths, with gradients and without
     return "blocks" if on_cuda else "line"
 
 
@@ -240,7 +244,12 @@ def place_on_device(
         model = _add_adapter(config, model, base, adapter, task)
     if tune == "full" and adapter:
         model = model.merge_and_unload()
-    for layer in model.modules():  # some CPUs repack 4-bit weights when they first score, and cannot train them then
+    for layer in model.modules():  # nothing is dropped: the ratio to the old policy would be of two different networks
+        if hasattr(layer, "attention_dropout"):
+            layer.attention_dropout = 0.0
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+        # some CPUs repack 4-bit weights when they first score, and cannot train them then
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     if not train:

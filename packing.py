@@ -112,7 +112,7 @@ def split_evenly(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
 def micro_batches(samples: Sequence[Sample], max_tokens: int, packing: Packing) -> list[MicroBatch]:
     """Lay samples out in micro-batches of at most `max_tokens` tokens, filling included; each sample is in one of them.
 
-    A single sample that is longer makes a micro-batch of its own.
+    A single sample that is longer, or filled up is longer, makes a micro-batch of its own.
     """
     step = max(1, max_tokens // LENGTHS // BLOCK) * BLOCK if packing == "blocks" else 1
     lines = _lines(samples, max_tokens - max_tokens % step, packing)

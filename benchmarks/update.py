@@ -2,15 +2,16 @@
 
     python benchmarks/update.py                                         # CPU: a small model with Qwen2.5's vocabulary
     python benchmarks/update.py --shape deep --sides trl padded ours --trl FOLDER
-    python benchmarks/update.py --ckpt runs/quickstart_sft/checkpoints/latest --config configs/quickstart.yaml --groups 4
+    python benchmarks/update.py --config configs/quickstart.yaml --groups 4 --ckpt runs/quickstart_sft/checkpoints/latest
     python benchmarks/update.py --shape Qwen/Qwen2.5-1.5B-Instruct --groups 8 --set train.optimizer=adamw8bit
 
 ours        train_rl.update: every distinct token once, log-probs of the replies alone, from hidden states
 padded      the same without sharing (model.attention=sdpa): samples in order of length, padded on the right
 full        samples in the order they come, prompts padded on the left, replies on the right; logits of every position
 reply       the same, logits of the longest reply's window alone (transformers' logits_to_keep)
-trl         TRL's own GRPOTrainer.compute_loss, on batches of --batch samples in random order; TRL 1.16, accelerate and
-            datasets are looked for in the folder --trl (pip install --target FOLDER --no-deps trl==1.16.* ...)
+trl         TRL's own GRPOTrainer.compute_loss (trl_loss.py), on batches of --batch samples in random order; "tuned":
+            with its GPUs' way of scoring. For it: pip install --target FOLDER --no-deps trl==1.16.0 datasets pyarrow
+            pandas dill multiprocess xxhash python-dateutil six, and --trl FOLDER
 
 All sides train the same weights on the same samples by the same loss and optimizer, which the norms of their gradients
 have to agree on; micro-batches are of at most train.tokens_per_micro_batch tokens, padding included.  Samples are
@@ -26,9 +27,11 @@ printed, too: of the samples' tokens, shared or not.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import random
 import statistics
@@ -67,7 +70,7 @@ SHAPES = {  # memory.SIZES: what the logits take is most of "small", what the la
     "deep": (384, 1024, 12, 6, 2, 8192, True),
     **memory.PUBLISHED,
 }
-SIDES = ("full", "reply", "trl", "padded", "ours")
+SIDES = ("full", "reply", "trl", "trl_tuned", "padded", "ours")
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "qwen1.5b_grpo.yaml"
 # one optimizer step, of a loss that needs no reference and is the mean over all tokens
 ALIKE = ("algo.kl=0", "algo.entropy=0", "algo.aggregate=token", "train.samples_per_update=1000000")
@@ -135,17 +138,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         policy = build(config, arguments.shape)
         samples = made_samples(arguments.groups, arguments.group_size, policy.model.config.vocab_size)
     optimizer = Optimizer(policy.model, make=functools.partial(adamw, kind=config.train.optimizer))
-    update = {"full": plain, "reply": plain}.get(arguments.side, ours)
-    if arguments.side == "trl":
+    if arguments.side.startswith("trl"):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # TRL's trainers report to the hub that they were made
+        sys.modules.setdefault("vllm", None)  # it imports all of it where it finds it
         sys.path.append(str(arguments.trl))  # behind everything else, which stays as installed
         from trl_loss import make_update
 
-        update = make_update(policy, arguments.batch, config)
-    update(policy, optimizer, samples, config, arguments.side)
+        update = make_update(policy, arguments.batch, arguments.side == "trl_tuned", config)
+    elif arguments.side in ("full", "reply"):
+        update = functools.partial(plain, window=arguments.side == "reply")
+    else:
+        update = ours
+    update(policy, optimizer, samples, config)
     clock = time.process_time if policy.device.type == "cpu" else time.perf_counter
     with Peak(policy.device) as peak:
         began = clock()
-        norm = update(policy, optimizer, samples, config, arguments.side)
+        norm = update(policy, optimizer, samples, config)
         seconds = clock() - began
     tokens = sum(sample.num_tokens for sample in samples)
     parameters = sum(parameter.numel() for parameter in policy.model.parameters())
@@ -209,13 +217,15 @@ def played_samples(arguments: argparse.Namespace) -> list[Sample]:
     return random.Random(1).sample(trained, len(trained))
 
 
-def ours(policy: LanguageModel, optimizer: Optimizer, samples: Sequence[Sample], config: Config, side: str) -> float:
+def ours(policy: LanguageModel, optimizer: Optimizer, samples: Sequence[Sample], config: Config) -> float:
     """Update as train_rl.py does; return the norm of the gradient."""
     batches = mini_batches(samples, config, iteration=0, world=1)
     return train_rl.update(policy, optimizer, batches, samples, config, config.train.lr, 0)["train/grad_norm"]
 
 
-def plain(policy: LanguageModel, optimizer: Optimizer, samples: Sequence[Sample], config: Config, side: str) -> float:
+def plain(
+    policy: LanguageModel, optimizer: Optimizer, samples: Sequence[Sample], config: Config, window: bool
+) -> float:
     """Update in a loop over padded batches, with logits of all positions or of the replies' window; return the norm."""
     tokens = sum(len(sample.response_ids) for sample in samples)
     policy.model.train()
@@ -231,7 +241,7 @@ def plain(policy: LanguageModel, optimizer: Optimizer, samples: Sequence[Sample]
             mask_BL[line, start : start + sample.num_tokens] = 1
         ids_BL, mask_BL = ids_BL.to(policy.device), mask_BL.to(policy.device)
         position_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
-        keep = right + 1 if side == "reply" else 0  # 0: all
+        keep = right + 1 if window else 0  # 0: all
         with policy.autocast():
             output = policy.model(
                 input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, logits_to_keep=keep, use_cache=False
@@ -275,6 +285,8 @@ class Peak:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         else:
+            if sys.platform == "linux":
+                ctypes.CDLL(None).malloc_trim(0)  # what the update before has freed is not in use
             self.process, self.over = psutil.Process(), threading.Event()
             self.before = self.highest = self.process.memory_info().rss
             self.watch = threading.Thread(target=self._watch)

@@ -12,7 +12,7 @@ import attention
 import model
 import prompts
 from checkpoint import save_model
-from config import ConfigError
+from config import Config, ConfigError
 from model import LanguageModel, all_logprobs, load_model, load_tokenizer
 from packing import Sample, lay_out
 from prompts import PromptContext
@@ -156,6 +156,19 @@ def test_computing_in_bfloat16_keeps_float32_weights_and_gradients(small_model, 
     for one, other in zip(found, gradients(small_model, exact_T.mean()), strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, atol=0.02, rtol=0)
+
+
+def test_a_model_that_is_trained_drops_nothing(policy, tmp_path):
+    """Also where its config.json would: in training mode, as in updates, it computes what it does otherwise."""
+    folder = tmp_path / "dropping"
+    save_model(policy, folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"attention_dropout": 0.5}))
+    loaded = load_model(tiny.changed(Config(), f"model.path={folder}"))
+    before = all_logprobs(loaded, random_samples(), 1000, 1.0)
+    loaded.model.train()
+    for one, other in zip(before, all_logprobs(loaded, random_samples(), 1000, 1.0), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

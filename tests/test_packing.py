@@ -5,7 +5,6 @@ import functools
 
 import numpy as np
 import pytest
-import tiny  # noqa: F401  before torch
 import torch
 import torch.nn.attention.flex_attention as flex
 from torch.nn.functional import scaled_dot_product_attention
@@ -83,7 +82,7 @@ def check_lines(batch: MicroBatch, packing: Packing) -> None:
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("budget", [1, 50, 300, 10_000])
 def test_micro_batches_hold_every_sample_once_and_within_the_budget(packing, budget):
-    for seed in range(60):
+    for seed in range(40):
         samples = grown_samples(seed)
         batches = micro_batches(samples, budget, packing)
         assert sorted(index for batch in batches for index in batch.indices) == list(range(len(samples)))
@@ -107,7 +106,7 @@ def test_micro_batches_hold_every_sample_once_and_within_the_budget(packing, bud
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_lay_out_makes_one_micro_batch(packing):
-    for seed in range(60):
+    for seed in range(40):
         samples = grown_samples(seed)
         batch = lay_out(samples, packing)
         assert batch.indices == list(range(len(samples)))
@@ -132,11 +131,11 @@ def test_lines_of_blocks_have_few_lengths(budget):
 
 
 def grouped_samples(seed: int) -> list[Sample]:
-    """Groups of 8 replies to a prompt, whose prompts begin alike."""
+    """Groups of 8 replies to a prompt, whose prompts begin alike; those that sort last are the longest."""
     rng = np.random.default_rng(seed)
     system, samples = rng.integers(0, 50, 60), []
-    for _ in range(rng.integers(8, 40)):
-        prompt = np.concatenate([system, rng.integers(0, 50, rng.integers(40, 300))])
+    for group in range(rng.integers(8, 40)):
+        prompt = np.concatenate([system, [group], rng.integers(0, 50, rng.integers(1 + 10 * group, 40 + 10 * group))])
         samples += [Sample(prompt, rng.integers(0, 50, rng.integers(5, 40))) for _ in range(8)]
     return samples
 
@@ -150,7 +149,7 @@ def test_split_evenly_deals_distinct_tokens(parts):
         whole, *sizes = (lay_out(part, "line").input_ids_BL.size for part in (samples, *split))
         longest = max(sample.num_tokens for sample in samples)
         # a border falls within a sample, and what the sample after it shares with those before is computed again
-        assert max(sizes) - min(sizes) <= 2 * longest
+        assert max(sizes) - min(sizes) <= 1.5 * longest
         assert max(sizes) <= whole / parts + 1.25 * longest
         assert sum(sizes) <= whole + (parts - 1) * longest
 
@@ -177,8 +176,10 @@ def dense(end_L: np.ndarray) -> torch.Tensor:
 @functools.cache
 def some_lines(packing: Packing) -> list[np.ndarray]:
     """Ends of the tokens of some lines, the longest about 1,200 tokens long."""
-    samples = [related_samples(), *(grown_samples(seed) for seed in (106, 110, 114, 134)), []]
-    return [lay_out(one, packing).end_L for one in samples]
+    # ends on the borders of blocks, and one token behind them
+    aligned = [Sample(np.full(size, index), IDS[:1]) for index, size in enumerate((64, 62, 127, 255, 64))]
+    grown = [grown_samples(seed) for seed in (106, 110, 114, 134)]
+    return [lay_out(samples, packing).end_L for samples in (related_samples(), *grown, aligned, [])]
 
 
 def block_sets(mask, name: str) -> list[set[int]]:
@@ -396,9 +397,9 @@ def test_log_probs_would_show_what_must_not_be_seen():
         assert float((wrong_T - right_T).detach().abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("tune, checkpointing", [("full", True), ("lora", False), ("lora", True)])
-def test_adapters_and_gradient_checkpointing_change_nothing(tune, checkpointing):
-    settings = ModelConfig(tune=tune, gradient_checkpointing=checkpointing, lora_rank=4)
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_adapters_and_gradient_checkpointing_change_nothing(tune):
+    settings = ModelConfig(tune=tune, gradient_checkpointing=True, lora_rank=4)
     policy = place_on_device(Config(device="cpu", model=settings), tiny_model(), None)
     assert policy.packing == "line"
     for name, weight in policy.model.named_parameters():
@@ -410,22 +411,21 @@ def test_adapters_and_gradient_checkpointing_change_nothing(tune, checkpointing)
     calls = []
     policy.inner.base_model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     found = together(policy, 10_000)
-    assert len(calls) == 1 + checkpointing
+    assert len(calls) == 2  # recomputed once
     check_equal((found[0], {name.removeprefix("base_model.model."): one for name, one in found[1].items()}), expected)
 
 
-@pytest.mark.parametrize("packing", ["line", "blocks"])
-def test_bfloat16_stays_near(packing):
+def test_bfloat16_stays_near():
     model = tiny_model(initializer_range=0.05)
     expected = alone(model)
-    found = together(packed(model, packing, torch.bfloat16), 10_000)
-    for one, other in zip(found[0], expected[0], strict=True):
-        assert one.dtype == np.float32
-        np.testing.assert_allclose(one, other, atol=0.05, rtol=0)
-    assert max(np.abs(one - other).max() for one, other in zip(found[0], expected[0], strict=True)) > 1e-4
-    for name, gradient in expected[1].items():
-        assert found[1][name].dtype == torch.float32
-        torch.testing.assert_close(found[1][name], gradient, atol=0.01, rtol=0)
+    for packing in ("line", "blocks"):
+        found = together(packed(model, packing, torch.bfloat16), 10_000)
+        assert all(one.dtype == np.float32 for one in found[0])
+        off = np.abs(np.concatenate(found[0]) - np.concatenate(expected[0]))
+        assert 1e-4 < off.max() < 0.05
+        for name, gradient in expected[1].items():
+            assert found[1][name].dtype == torch.float32
+            torch.testing.assert_close(found[1][name], gradient, atol=0.01, rtol=0)
 
 
 def test_a_critics_values_and_gradients_equal_those_of_a_sample_alone(tmp_path):
@@ -479,7 +479,6 @@ UNSUPPORTED = {
                                  linear_value_head_dim=8, shared_expert_intermediate_size=16),
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "mamba": {},
-    "doge": {},  # its attention hides keys by their values
     "gptj": {"rotary_dim": 8},
     "gpt2": {},
 }  # fmt: skip

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 tools/gpu_check.py --shape Qwen/Qwen2.5-7B-Instruct     # all of a machine's
 
 It takes some minutes and needs no data and no hub: weights are random.  Each check prints a line: "ok" and its figures,
-"FAILED" and why, or "skipped" and why.  All are of a tiny model but "update" and "vllm", which take --shape and --set.
-Without a GPU the same is checked on CPU, as far as that goes.
+"FAILED" and why, or "skipped" and why.  All are of a tiny model but update, vllm and vllm-2-ranks, which take --shape
+and --set.  Without a GPU the same is checked on CPU, as far as that goes.
 
 Checks run in processes of their own, those after a failed one in new ones: it may leave a GPU or the other ranks in any
 state.  If one failed, what they all wrote to stderr follows at the end, and the exit status is 1.
@@ -40,6 +40,7 @@ import config as configuration  # before torch: it sets the number of threads
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
@@ -108,7 +109,7 @@ class Trainer:
             raise ValueError(f"not finite: {', '.join(odd)}")
         return metrics | timer.phases
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """Copy what is trained, each model's in one piece."""
         models = {"policy": self.policy} | ({"critic": self.ppo.critic} if self.ppo else {})
         trained = {name: [w for w in one.model.parameters() if w.requires_grad] for name, one in models.items()}
@@ -116,9 +117,9 @@ class Trainer:
 
 
 def make_samples(policy: LanguageModel, groups: int = 2) -> list[Sample]:
-    """Make groups whose prompts begin alike, half of them to their end; as long as ALFWorld's, on CPU a tenth of it."""
+    """Make groups whose prompts begin alike, half of them to their end; as long as ALFWorld's, on CPU a tenth."""
     rng, vocabulary = np.random.default_rng(0), policy.inner.config.vocab_size
-    part, members = (1.0, 8) if policy.device.type == "cuda" else (0.1, 4)
+    part, members = (1.0, 8) if torch.cuda.is_available() else (0.1, 4)
 
     def draw(least: int, most: int) -> np.ndarray:
         return rng.integers(vocabulary, size=int(rng.integers(least, most) * part), dtype=np.int32)
@@ -134,13 +135,15 @@ def make_samples(policy: LanguageModel, groups: int = 2) -> list[Sample]:
 
 
 def random_policy(config: Config) -> LanguageModel:
-    """Make model.path's model with random weights, the same on every rank. Raises Skip where it will not fit."""
+    """Make model.path's model with random weights, the same on every rank. Raises Skip where a run would not fit."""
+    if config.model.tune == "qlora":
+        raise Skip("model.tune=qlora: random weights are not in 4 bits")
     sizes, device = AutoConfig.from_pretrained(config.model.path), select_device(config)
     if device.type == "cuda":
         gib = torch.cuda.get_device_properties(device).total_memory / memory.GIB
         needed = max(phase.total for phase in memory.phases(config, gib, dist.get_world_size(), sizes)[1])
         if needed + memory.UNCOUNTED_GIB > gib:
-            raise Skip(f"it would take {needed:.0f} GiB of {gib:.0f}: --set model.tune=lora, or use more GPUs")
+            raise Skip(f"a run would take {needed:.0f} GiB of {gib:.0f}: --set model.tune=lora, or use more GPUs")
     with device:
         torch.manual_seed(0)
         dtype = torch.float32 if config.model.tune == "full" else model.compute_dtype(config)
@@ -149,7 +152,7 @@ def random_policy(config: Config) -> LanguageModel:
     return model.place_on_device(config, made, model.load_tokenizer(path), model.base_of(path))
 
 
-def compare(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict, most: float) -> str:
+def compare(one: dict[str, Tensor], other: dict[str, Tensor], start: dict, most: float) -> str:
     """Say how far apart two ways from `start` end, as a share of the way. Raises ValueError beyond `most`."""
     apart = max(float((one[key] - other[key]).abs().sum() / (one[key] - start[key]).abs().sum()) for key in one)
     if not apart <= most:
@@ -176,11 +179,11 @@ def machine(arguments: argparse.Namespace) -> str:
 def packing(arguments: argparse.Namespace) -> str:
     """Show that packed lines of several lengths give the log-probs and the gradient of padded ones on CPU."""
     plain, said = model.load_model(settings("device=cpu", "model.attention=sdpa", "model.shard=never")), []
+    samples = make_samples(plain)
+    tokens = sum(sample.num_tokens for sample in samples)
+    exact, exact_gradient = logprobs_and_gradient(plain, samples, tokens // 4)
     for dtype, (most, most_of_gradient) in OFF.items():
         policy = model.load_model(settings(f"model.dtype={dtype}", "model.shard=never"))
-        samples = make_samples(policy)
-        tokens = sum(sample.num_tokens for sample in samples)
-        exact, exact_gradient = logprobs_and_gradient(plain, samples, tokens // 4)
         counters.clear()
         off = off_gradient = 0.0
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else it goes on, uncompiled
@@ -195,9 +198,7 @@ def packing(arguments: argparse.Namespace) -> str:
     return f"{policy.packing}: {'; '.join(said)}"
 
 
-def logprobs_and_gradient(
-    policy: LanguageModel, samples: Sequence[Sample], max_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def logprobs_and_gradient(policy: LanguageModel, samples: Sequence[Sample], max_tokens: int) -> tuple[Tensor, Tensor]:
     """Compute all samples' log-probs, and the gradient of their sum weighed by advantages, which are of both signs."""
     scored = torch.from_numpy(np.concatenate(model.all_logprobs(policy, samples, max_tokens, 1.0)))
     policy.model.zero_grad()
@@ -224,7 +225,7 @@ def update(arguments: argparse.Namespace) -> str:
     said += f" ({distinct / seconds:,.0f} distinct), {peak.gib:.1f} GiB at the peak"
     number, phases = memory.phases(replace(config, device=policy.device.type), 0.0, world, sizes)
     if policy.device.type == "cuda":  # on CPU the peak is not of the same things
-        said += f" ({peak.gib / (phases[-1].total - phases[-1].parts['engine']):.2f} of the estimate)"
+        said += f" ({peak.gib / (phases[-1].total - phases[-1].parts.get('engine', 0.0)):.2f} of the estimate)"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     if limit := arguments.peak_tflops or next((limit for name, limit in PEAK_TFLOPS.items() if name in gpu), 0):
         passes = 2 + (4 if config.model.tune == "full" else 2) + 2 * config.model.gradient_checkpointing
@@ -269,7 +270,7 @@ def trains(arguments: argparse.Namespace, options: Sequence[str], needs: str = "
 
 def resumes(arguments: argparse.Namespace) -> str:
     """Show that policy and critic go on from a checkpoint as they would have without a stop."""
-    trainer = Trainer(config := settings("algo.advantage=ppo"))
+    trainer = Trainer(config := settings("algo.advantage=ppo", "model.dtype=float32"))
     trainer.update()
     optimizers = {"policy": trainer.optimizer, "critic": trainer.ppo.optimizer}
     save_checkpoint(trainer.policy, optimizers, trainer.ppo.critic, config, TrainState(iteration=1))
@@ -285,13 +286,12 @@ def engine(arguments: argparse.Namespace, kind: str, ranks: int = 1) -> str:
     if kind == "vllm" and not find_spec("vllm"):
         raise Skip("vLLM is not installed")
     if dist.get_world_size() % ranks:
-        raise Skip(f"{dist.get_world_size()} ranks make no engines of {ranks}")
-    share = 0.1 if arguments.shape == "tiny" else 0.4  # of memory: more would be an absurdly long cache
-    options = (f"rollout.engine={kind}", f"rollout.tensor_parallel={ranks}", "algo.kl=0")
-    options += (f"rollout.gpu_memory_utilization={share}",)
-    config = (
-        settings(*options, *arguments.set, path="shaped") if kind == "vllm" else settings(*options, "model.shard=never")
-    )
+        raise Skip("the number of ranks is odd")
+    options = [f"rollout.engine={kind}", f"rollout.tensor_parallel={ranks}", "algo.kl=0"]
+    if arguments.shape == "tiny":
+        options.append("rollout.gpu_memory_utilization=0.1")  # more would be a cache of millions of blocks
+    path, more = ("shaped", arguments.set) if kind == "vllm" else ("tiny", ["model.shard=never"])
+    config = settings(*options, *more, path=path)
     trainer = Trainer(config, policy=random_policy(config))
     policy, budget = trainer.policy, config.train.tokens_per_micro_batch
     prompts = [sample.prompt_ids for sample in make_samples(policy)[:8]]
@@ -339,10 +339,9 @@ CHECKS: dict[str, Callable[[argparse.Namespace], str]] = {
 def work(arguments: argparse.Namespace) -> None:
     """Run checks, as one rank, up to one that fails or that leaves no process group behind; then end."""
     rank, _ = init_distributed(settings(f"train.timeout_minutes={MINUTES}"))
-    code = 0
     gc.freeze()  # what is imported stays
     for name in arguments.only:
-        faulthandler.dump_traceback_later(60 * MINUTES, exit=True)
+        faulthandler.dump_traceback_later(60 * MINUTES, exit=True)  # says where it hangs, also as the process ends
         try:
             verdict, text = "ok", CHECKS[name](arguments)
             if dist.is_initialized():
@@ -350,18 +349,18 @@ def work(arguments: argparse.Namespace) -> None:
         except Skip as why:
             verdict, text = "skipped", str(why)
         except Exception as error:
-            verdict, text, code = "FAILED", " ".join(f"{type(error).__name__}: {error}".split())[:400], 1
+            verdict, text = "FAILED", " ".join(f"{type(error).__name__}: {error}".split())[:400]
             traceback.print_exc()
-        faulthandler.cancel_dump_traceback_later()
-        if rank == 0 or code:
+        if rank == 0 or verdict == "FAILED":
             print(json.dumps({name: [verdict, text]}), flush=True)
-        if code or not dist.is_initialized():
-            break
+        if verdict == "FAILED":
+            os._exit(1)  # at once: it must not wait for ranks that hang
+        if not dist.is_initialized():
+            return
         gc.collect()
         torch.cuda.empty_cache()
         torch._dynamo.reset()
-    sys.stderr.flush()
-    os._exit(code)  # at once: other ranks may hang
+    dist.destroy_process_group()
 
 
 def in_new_process(names: Sequence[str], folder: str, log: TextIO) -> Iterator[tuple[str, str, str]]:
@@ -383,9 +382,11 @@ def in_new_process(names: Sequence[str], folder: str, log: TextIO) -> Iterator[t
 def save_start(folder: Path, shape: str) -> None:
     """Save a model with random weights; of a published shape all but its weights."""
     tokenizer = build_tokenizer(["Your task is to: look. You see nothing."], vocab=300)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     spread = {"initializer_range": 0.05} if shape == "tiny" else {}  # so that attention is far from even
-    sizes = Qwen2Config(**dict(zip(memory.SIZES, SHAPES[shape], strict=True)), **ends, **spread)
+    sizes = Qwen2Config(
+        **dict(zip(memory.SIZES, SHAPES[shape], strict=True)), **ends, **spread, architectures=["Qwen2ForCausalLM"]
+    )
     tokenizer.save_pretrained(folder)
     sizes.save_pretrained(folder)
     if shape == "tiny":
@@ -396,7 +397,7 @@ def save_start(folder: Path, shape: str) -> None:
 def main() -> None:
     """Run the checks that are asked for, and print a line for each."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_argument("--shape", choices=SHAPES, default="tiny", help="of update and vllm (default: %(default)s)")
+    command.add_argument("--shape", choices=SHAPES, default="tiny", help="of update and vLLM (default: %(default)s)")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of these two, too")
     command.add_argument("--peak-tflops", type=float, help="of a GPU (default: by its name, where that is known)")
     command.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="run these checks alone")

@@ -28,7 +28,7 @@ from model import LOGIT_CHUNK, base_of
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 UNCOUNTED_GIB = 2.0  # the allocator's waste, CUDA's libraries
-ENGINE_GIB = 3.0  # of vLLM beside weights and cache: activations of its largest step, captured graphs, libraries: 2 to 3
+ENGINE_GIB = 3.0  # of vLLM beside weights and cache, 2 to 3: its largest step's activations, captured graphs, libraries
 ASLEEP_GIB = 2.5  # what it keeps of these while it sleeps: 1 to 2.5
 SEQUENCES = 8  # of the longest, that its cache should hold: with less, replies wait for each other
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -142,7 +142,8 @@ def phases(
         load |= held
         held["critic, with Adam"] = weights + adam
 
-    cache = 2 * width * layers * sizes.num_key_value_heads * hidden // sizes.num_attention_heads  # keys, values
+    head = getattr(sizes, "head_dim", None) or hidden // sizes.num_attention_heads
+    cache = 2 * width * layers * sizes.num_key_value_heads * head  # keys and values of a token
     least = (whole + SEQUENCES * longest_sample(config) * cache) / rollout.tensor_parallel + ENGINE_GIB * GIB
     engine = max(rollout.gpu_memory_utilization * gpu_gib * GIB, least)
 
@@ -151,8 +152,8 @@ def phases(
     copy = {"full": whole if width == 2 else 0, "lora": 0, "qlora": width * number.largest}[model.tune]
     scoring = whole if shards > 1 else copy
     training = width * (number.outside + 2 * (number.all - number.outside) / layers) if shards > 1 else copy
-    # Kept of a layer and token, counted on Qwen2: what goes into matrices and attention, which repeats keys and values,
-    # is 9 hidden and 4 inner states; in half precision norms keep 2 in float32, and float32 weights half as many again
+    # What a layer keeps of a token, as counted on Qwen2: 9 hidden states (keys and values are repeated for all heads),
+    # 4 inner ones; in half precision the norms' 2 in float32; with float32 weights 5 more in half precision.
     norms = 0 if width == 4 else 8 * hidden if shards > 1 else 18 * hidden
     layer = (width * (9 * hidden + 4 * sizes.intermediate_size) + norms) * tokens
     kept = layers * 4 * hidden * tokens + layer if model.gradient_checkpointing else layers * layer
@@ -160,7 +161,7 @@ def phases(
     sync = {"engine": engine, "weights to compute with": scoring, "activations": layer}  # a few samples, as a check
     score = {
         "logits": 2 * logits,  # and log-probs
-        "weights to compute with": whole if reference else scoring,  # not sharded, the reference is there by itself
+        "weights to compute with": whole if reference else scoring,  # policy's, or one GPU's whole reference after it
         "activations": layer,
     }
     if config.algo.nthr:  # hidden states and errors of a group's longest replies, over some 4096 tokens in use
@@ -197,17 +198,18 @@ def table(config: Config, gpu_gib: float = 0.0, world: int = 1) -> str:
     for phase in estimate:
         parts = ", ".join(f"{name} {gib:.1f}" for name, gib in phase.parts.items() if gib)
         lines.append(f"#   {phase.name:<8}{phase.total:7.1f} GiB: {parts}")
-    engine, share = estimate[-3].parts["engine"], config.rollout.gpu_memory_utilization
-    if engine > share * gpu_gib * 1.001:
-        lines.append(
-            f"#   does not fit: rollout.gpu_memory_utilization={share:g} leaves vLLM too little cache: set it to "
-            f"{math.ceil(100 * engine / gpu_gib) / 100:g}, or raise rollout.tensor_parallel"
-        )
+    engine = max(phase.parts.get("engine", 0.0) for phase in estimate)  # while it is awake
+    share = config.rollout.gpu_memory_utilization
     if max(phase.total for phase in estimate) + UNCOUNTED_GIB > gpu_gib:
         lines.append(
             f"#   does not fit into {gpu_gib:.0f} GiB: set model.gradient_checkpointing=true, lower "
             "train.tokens_per_micro_batch or rollout.gpu_memory_utilization, set train.optimizer=adamw8bit or "
             "model.tune=lora, or use more GPUs"
+        )
+    elif engine > share * gpu_gib * 1.001:
+        lines.append(
+            f"#   does not fit: rollout.gpu_memory_utilization={share:g} leaves the engine too little cache: set it to "
+            f"{math.ceil(100 * engine / gpu_gib) / 100:g}, or raise rollout.tensor_parallel"
         )
     return "\n".join(lines)
 
