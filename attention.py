@@ -105,6 +105,7 @@ def attend(
     """Compute a layer's attention, as transformers asks for it: query [B, H, L, D] to output [B, L, H, D]."""
     if not isinstance(attention_mask, LineMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, positions leave them in float32
     if query.device.type == "cuda":
         return flex_attention_forward(module, query, key, value, attention_mask.for_flex, **kwargs)[0], None
     return _attend_by_blocks(query, key, value, attention_mask, kwargs.get("scaling")), None

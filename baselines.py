@@ -245,7 +245,8 @@ def token_values(critic: LanguageModel, batch: MicroBatch) -> Tensor:
 
     def score() -> Tensor:
         hidden_TH, _ = last_hidden(critic, batch)
-        return critic.inner.score(hidden_TH.float())[:, 0]  # not under autocast: bfloat16 would round returns of 10
+        # not under autocast: bfloat16 would round returns of 10; a sum of one, for FSDP wants no view
+        return critic.inner.score(hidden_TH.float()).sum(-1)
 
     return unsharded_forward(critic.fsdp_root, score)
 

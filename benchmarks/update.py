@@ -2,7 +2,7 @@
 
     python benchmarks/update.py                                         # CPU: a small model with Qwen2.5's vocabulary
     python benchmarks/update.py --shape deep --sides trl padded ours --trl FOLDER
-    python benchmarks/update.py --config configs/quickstart.yaml --groups 4 --ckpt runs/quickstart_sft/checkpoints/latest
+    python benchmarks/update.py --config configs/quickstart.yaml --ckpt runs/quickstart_sft/checkpoints/latest
     python benchmarks/update.py --shape Qwen/Qwen2.5-1.5B-Instruct --groups 8 --set train.optimizer=adamw8bit
 
 ours        train_rl.update: every distinct token once, log-probs of the replies alone, from hidden states
