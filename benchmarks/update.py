@@ -18,7 +18,8 @@ have to agree on; micro-batches are of at most train.tokens_per_micro_batch toke
 --groups groups of --group-size: as ALFWorld's are (replies of about 200 tokens to one prompt of about 1,000), or, with
 --ckpt, the actions that this checkpoint takes in so many games of the config, by which it is trained.  Each side runs
 in a process of its own, so that its peak memory is its own: on CPU the resident set beyond that before the update, on
-CUDA torch's count; that of ours is compared to tools/memory.py's estimate, too.  Seconds are the processor's on CPU.
+CUDA torch's count; it is compared to tools/memory.py's estimate, too, which knows nothing of the keys that attention
+gathers on CPU.  Seconds are the processor's on CPU.
 Ratios are medians of --repeats interleaved runs, [min, max]; an update that warms up is not counted.  With
 --peak-tflops the share of that which 6 FLOPs per parameter and token make up (8 with gradient checkpointing) is
 printed, too: of the samples' tokens, shared or not.
@@ -118,10 +119,13 @@ def main() -> None:
         for key, what in (("seconds", "time"), ("gib", "peak memory")):
             ratios = [other[key] / own[key] for other, own in zip(found[side], found["ours"], strict=True)]
             print(f"{what} of {side} / ours: {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
+    for side in (side for side in ("padded", "ours") if side in found):
+        gib, guess = (statistics.median(run[key] for run in found[side]) for key in ("gib", "estimate"))
+        print(
+            f"peak memory of {side} / as tools/memory.py estimates it: {gib / guess:.2f} ({gib:.2f} / {guess:.2f} GiB)"
+        )
     if runs := found.get("ours"):
-        gib, guess = (statistics.median(run[key] for run in runs) for key in ("gib", "estimate"))
         print(f"tokens of the samples / distinct ones: {runs[0]['tokens'] / runs[0]['distinct']:.2f}")
-        print(f"peak memory of ours / as tools/memory.py estimates it: {gib / guess:.2f} ({gib:.2f} / {guess:.2f} GiB)")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:

@@ -26,7 +26,7 @@ from config import Config, ConfigError
 from distributed import Optimizer
 from logger import PhaseTimer, rollout_metrics, sample_metrics
 from model import LanguageModel, all_logprobs, load_model
-from packing import Sample
+from packing import Sample, sort_by_prefix
 from rollout import Episode, Step
 from samples import action_samples, mini_batches, record_advantages, set_advantages, set_importance_weights
 from train_rl import sample_tasks, update
@@ -447,6 +447,31 @@ def test_mini_batches_deal_out_every_row_once(config, deal):
             )  # 41 critiques over 4 mini-batches
     assert ids[1] == ids[2] == ids[3] and len(ids[1]) == 4  # 162 actions
     assert [[map(id, share) for share in batch] for batch in mini_batches(samples, config, 5, 1)] != ids[1]
+
+
+def test_mini_batches_share_prefixes_and_have_some_of_every_game(config):
+    """Samples of a game begin alike; so do the answers to a question, which stay together."""
+    rng = random.Random(0)
+    samples = []
+    for group in range(6):
+        states = [[group] * 30 + [rng.randrange(9) for _ in range(10)] for _ in range(10)]
+        prompts = [np.array(rng.choice(states), dtype=np.int32) for _ in range(40)]
+        replies = [np.array([rng.randrange(9) for _ in range(5)], dtype=np.int32) for _ in prompts]
+        samples += [Sample(*both, advantage=1.0, group=group) for both in zip(prompts, replies, strict=True)]
+        question = np.full(50, 100 + group, dtype=np.int32)
+        samples += [Sample(question, reply, advantage=1.0, is_critique=True, group=group) for reply in replies[:4]]
+    computed = {}
+    for deal in ("prefixes", "shuffled"):
+        dealt = changed(config, "train.samples_per_update=60", f"train.deal={deal}")
+        batches = [[one for share in batch for one in share] for batch in mini_batches(samples, dealt, 0, 2)]
+        computed[deal] = sum(sum(sort_by_prefix(batch)[1]) for batch in batches)
+        assert [sum(not one.is_critique for one in batch) for batch in batches] == [60] * 4
+        for batch in batches:
+            assert {one.group for one in batch if not one.is_critique} == set(range(6))
+        kept = [sum(one.is_critique and one.group == group for one in batch) for batch in batches for group in range(6)]
+        assert (set(kept) == {0, 4}) == (deal == "prefixes")
+    everything = sum(sort_by_prefix(samples)[1])
+    assert everything <= computed["prefixes"] < 1.4 * everything < 1.6 * everything < computed["shuffled"]
 
 
 def test_tasks_are_walked_in_laps(config):
