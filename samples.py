@@ -158,8 +158,12 @@ def mini_batches(samples: Sequence[Sample], config: Config, iteration: int, worl
     number = max(1, -(-len(actions) // config.train.samples_per_update))
     batches: list[list[Sample]] = [[] for _ in range(number)]
     for kind in (actions, critiques):
-        run = RUN if config.train.deal == "prefixes" else 1
-        for batch, part in zip(batches, deal_runs(kind, number, run, rng), strict=True):
+        if config.train.deal == "prefixes":
+            parts = deal_runs(kind, number, rng)
+        else:
+            shuffled = rng.sample(kind, len(kind))
+            parts = [shuffled[first::number] for first in range(number)]
+        for batch, part in zip(batches, parts, strict=True):
             batch += part
     shares = []
     for batch in batches:
@@ -169,8 +173,8 @@ def mini_batches(samples: Sequence[Sample], config: Config, iteration: int, worl
     return shares
 
 
-def deal_runs(samples: Sequence[Sample], number: int, run: int, rng: random.Random) -> list[list[Sample]]:
-    """Deal samples into `number` parts of about equal size, in runs of `run` or more that begin alike.
+def deal_runs(samples: Sequence[Sample], number: int, rng: random.Random) -> list[list[Sample]]:
+    """Deal samples into `number` parts of about equal size, in runs of RUN or more that begin alike.
 
     The actions of a game, or the answers to a question, are sorted by their tokens and cut into as many runs as there
     are parts, so that each has some of every game, but not into shorter ones: then the shortest parts get them.
@@ -181,7 +185,7 @@ def deal_runs(samples: Sequence[Sample], number: int, run: int, rng: random.Rand
     parts: list[list[Sample]] = [[] for _ in range(number)]
     for group in rng.sample(list(alike.values()), len(alike)):
         order, _ = sort_by_prefix(group)
-        runs = min(number, max(1, len(group) // run))
+        runs = min(number, max(1, len(group) // RUN))
         shortest = sorted(rng.sample(parts, number), key=len)
         for at, part in zip(range(runs), shortest, strict=False):
             part += [group[index] for index in order[len(order) * at // runs : len(order) * (at + 1) // runs]]

@@ -467,11 +467,12 @@ def test_mini_batches_share_prefixes_and_have_some_of_every_game(config):
         computed[deal] = sum(sum(sort_by_prefix(batch)[1]) for batch in batches)
         assert [sum(not one.is_critique for one in batch) for batch in batches] == [60] * 4
         for batch in batches:
-            assert {one.group for one in batch if not one.is_critique} == set(range(6))
+            if deal == "prefixes":
+                assert {one.group for one in batch if not one.is_critique} == set(range(6))
         kept = [sum(one.is_critique and one.group == group for one in batch) for batch in batches for group in range(6)]
         assert (set(kept) == {0, 4}) == (deal == "prefixes")
     everything = sum(sort_by_prefix(samples)[1])
-    assert everything <= computed["prefixes"] < 1.4 * everything < 1.6 * everything < computed["shuffled"]
+    assert everything <= computed["prefixes"] < 1.4 * everything < 1.8 * everything < computed["shuffled"]
 
 
 def test_tasks_are_walked_in_laps(config):
