@@ -137,10 +137,11 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def supports_lines(model: PreTrainedModel) -> bool:
-    """Tell whether all layers are plain attention, which sees what a mask lets it see: no window, no state."""
+    """Tell whether all layers are plain attention, which sees what a mask lets it see: no window, no state, no cap."""
     config = model.config.get_text_config()
     plain = model._supports_attention_backend and model._supports_sdpa and model._supports_flex_attn
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     layers = getattr(config, "layer_types", None)
     whole = set(layers) == {"full_attention"} if layers else window is None
-    return bool(plain and whole and not model._is_stateful)
+    capped = getattr(config, "attn_logit_softcapping", None)
+    return bool(plain and whole and not capped and not model._is_stateful)

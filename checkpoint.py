@@ -35,7 +35,10 @@ from model import LanguageModel, use_fsdp
 # When a run goes on: what does not change the training, or is the cure of what ended it. The number of iterations only
 # where the learning rate does not hang on it.
 FREE_TO_CHANGE = {
+    "model.attention",
+    "model.gradient_checkpointing",
     "train.iterations",
+    "train.tokens_per_micro_batch",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.timeout_minutes",
@@ -76,7 +79,8 @@ def resume(config: Config) -> TrainState:
     if "guidelines" not in saved:
         raise ConfigError(f"{folder} was saved by another version of the project: choose another name (--set name=...)")
     now, default = (_flat(configuration.to_dict(one)) for one in (config, Config()))
-    then = default | _flat(saved.pop("config"))  # an option that is younger than the run had its default's effect
+    # an option that is younger than the run had its default's effect, but for this one
+    then = default | {"train.deal": "shuffled"} | _flat(saved.pop("config"))
     free = FREE_TO_CHANGE - ({"train.iterations"} if config.train.schedule == "linear" else set())
     changed = [key for key in now | then if now.get(key) != then.get(key) and not {key, key.split(".")[0]} & free]
     if changed:

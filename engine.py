@@ -302,13 +302,17 @@ class VllmEngine(Engine):
 @contextmanager
 def _process_as_before() -> Iterator[None]:
     """Put back what vLLM changes of this process when it is imported and started."""
+    import torch._dynamo.config as dynamo
+
     set_num_threads, rng, name = torch.set_num_threads, torch.get_rng_state(), "TORCHINDUCTOR_COMPILE_THREADS"
+    recompile_limit = dynamo.recompile_limit
     compile_threads = os.environ.get(name)
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads  # its CPU worker replaces it by a no-op
         torch.set_rng_state(rng)  # it reseeds the global generator
+        dynamo.recompile_limit = recompile_limit  # model.choose_packing's
         os.environ.pop(name, None)  # it allows itself one thread: the trainer compiles with as many as before
         if compile_threads is not None:
             os.environ[name] = compile_threads

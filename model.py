@@ -128,8 +128,12 @@ def load_reference(config: Config, policy: LanguageModel) -> LanguageModel | Non
     if config.model.tune == "full":
         reference = load_model(config, train=False, shard=True)
         if reference.fsdp_root is None and reference.device.type == "cuda":
-            for weight in reference.model.parameters():
-                weight.data = weight.data.cpu().pin_memory()
+            weights = list(reference.model.parameters())
+            # one buffer: pinned memory comes in powers of two
+            sizes = [weight.numel() for weight in weights]
+            flat = torch.empty(sum(sizes), dtype=reference.dtype, pin_memory=True)
+            for weight, host in zip(weights, flat.split(sizes), strict=True):
+                weight.data = host.view(weight.shape).copy_(weight.data)
         return reference
     if is_adapter(config.model.path):
         policy.model.load_adapter(config.model.path, "initial", is_trainable=False)
@@ -193,10 +197,7 @@ def loading_options(config: Config, train: bool) -> dict[str, Any]:
     Weights go straight to the GPU: all ranks' together would fill a machine's main memory.
     """
     all_trained = train and config.model.tune == "full"
-    options: dict[str, Any] = {
-        "dtype": torch.float32 if all_trained else compute_dtype(config),
-        "attn_implementation": "sdpa",
-    }
+    options: dict[str, Any] = {"dtype": torch.float32 if all_trained else compute_dtype(config)}
     device, in_4_bits = select_device(config), config.model.tune == "qlora" and train
     if device.type == "cuda" or in_4_bits:
         options["device_map"] = {"": device}
@@ -244,7 +245,7 @@ def place_on_device(
         model = _add_adapter(config, model, base, adapter, task)
     if tune == "full" and adapter:
         model = model.merge_and_unload()
-    for layer in model.modules():  # nothing is dropped: the ratio to the old policy would be of two different networks
+    for layer in model.modules():  # no dropout: the ratio to the old policy would be of two different networks
         if hasattr(layer, "attention_dropout"):
             layer.attention_dropout = 0.0
         if isinstance(layer, torch.nn.Dropout):

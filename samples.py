@@ -4,9 +4,10 @@ A sample is made once (action_samples here, judge.critique_samples for critiques
 train() shows: set_advantages, the scores of the models, set_importance_weights, record_advantages; mini_batches deals
 samples out.
 
-Departures from published code: no sample is deleted or duplicated to make a batch divide; an episode left alone in its
-group gets no advantage instead of its raw score.  RLVMR's rewards are as published, with its reward for a reflection at
-the first step, which has nothing to reflect on; actions are compared as parsed, not as matched by its expression.
+Departures from published code: no sample is deleted or duplicated to make a batch divide; mini-batches are dealt in
+runs of samples that begin alike, not singly (train.deal); an episode left alone in its group gets no advantage instead
+of its raw score.  RLVMR's rewards are as published, with its reward for a reflection at the first step, which has
+nothing to reflect on; actions are compared as parsed, not as matched by its expression.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from config import Config
 from packing import Sample, sort_by_prefix, split_evenly
 from rollout import Episode, Step
 
-RUN = 8  # samples that begin alike and stay in one mini-batch, at least (train.deal=prefixes)
+RUN = 8  # samples that begin alike and stay in one mini-batch (train.deal=prefixes), if there are enough for all
 
 
 def make_sample(
@@ -167,26 +168,28 @@ def mini_batches(samples: Sequence[Sample], config: Config, iteration: int, worl
             batch += part
     shares = []
     for batch in batches:
-        computed = [has_gradient(sample, config) for sample in batch]
+        computed = [has_gradient(sample, config) or sample.returns is not None for sample in batch]  # by the critic
         shares.append(split_evenly([one for one, counts in zip(batch, computed, strict=True) if counts], world))
         shares[-1][0] += [one for one, counts in zip(batch, computed, strict=True) if not counts]
     return shares
 
 
 def deal_runs(samples: Sequence[Sample], number: int, rng: random.Random) -> list[list[Sample]]:
-    """Deal samples into `number` parts of about equal size, in runs of RUN or more that begin alike.
+    """Deal samples into `number` parts of about equal size, in runs that begin alike.
 
     The actions of a game, or the answers to a question, are sorted by their tokens and cut into as many runs as there
-    are parts, so that each has some of every game, but not into shorter ones: then the shortest parts get them.
+    are parts, so that each has some of every game; into fewer where runs would be shorter than RUN, or than a part. The
+    shortest parts get the longest runs. None stays empty unless there are fewer samples than parts.
     """
+    run = min(RUN, max(1, len(samples) // number))
     alike: dict[Any, list[Sample]] = defaultdict(list)
     for sample in samples:
         alike[sample.prompt_ids.tobytes() if sample.is_critique else sample.group].append(sample)
     parts: list[list[Sample]] = [[] for _ in range(number)]
     for group in rng.sample(list(alike.values()), len(alike)):
         order, _ = sort_by_prefix(group)
-        runs = min(number, max(1, len(group) // RUN))
+        cuts = np.array_split(order, min(number, -(-len(group) // run)))  # the longer ones first
         shortest = sorted(rng.sample(parts, number), key=len)
-        for at, part in zip(range(runs), shortest, strict=False):
-            part += [group[index] for index in order[len(order) * at // runs : len(order) * (at + 1) // runs]]
+        for cut, part in zip(cuts, shortest, strict=False):
+            part += [group[index] for index in cut]
     return parts

@@ -96,6 +96,8 @@ def main() -> None:
     command.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     command.add_argument("--samples", type=Path, help=argparse.SUPPRESS)
     arguments = command.parse_args()
+    if not arguments.trl and any(side.startswith("trl") for side in arguments.sides):
+        command.error("the sides trl and trl_tuned need --trl, the folder of TRL")
     if arguments.side:
         return print(json.dumps(measure(arguments)))
     if arguments.samples:  # made in a process of its own, which holds an engine
@@ -115,7 +117,7 @@ def main() -> None:
         seconds, gib, last = (statistics.median(run[key] for run in runs) for key in ("seconds", "gib", "tokens"))
         used = f", {runs[0]['tflops'] / seconds / arguments.peak_tflops:.1%} of peak" if arguments.peak_tflops else ""
         print(f"{side:<8}{seconds:8.2f} s   {last / seconds:10,.0f} tokens/s   {gib:7.2f} GiB at the peak{used}")
-    for side in (side for side in arguments.sides if side != "ours"):
+    for side in (side for side in arguments.sides if side != "ours" and "ours" in found):
         for key, what in (("seconds", "time"), ("gib", "peak memory")):
             ratios = [other[key] / own[key] for other, own in zip(found[side], found["ours"], strict=True)]
             print(f"{what} of {side} / ours: {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")

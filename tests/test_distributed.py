@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import model
 import train_rl
 from checkpoint import TrainState
 from config import Config, ConfigError
-from distributed import Optimizer, all_gather_objects
+from distributed import Optimizer, all_gather_objects, full_tensor
 from model import load_model, load_reference, named_weights
 from packing import Sample
 from samples import mini_batches, set_importance_weights
@@ -43,6 +44,7 @@ SCENARIOS = {  # overrides; whether the weights are in shards
     "lora in shards": ([*LORA, *KL], True),
     "qlora": ([*LORA, "model.tune=qlora"], False),
 }
+SCORE = re.compile(r"score\.(modules_to_save\.default\.)?(weight|bias)$")  # a value head, where it is trained
 WORKER = """
 import pickle, sys, torch
 sys.path.insert(0, {tests!r})
@@ -78,7 +80,11 @@ def updated(name: str, config: Config, samples: list[Sample], sharded: bool) -> 
         if ppo:
             ppo.update(ready, batches, config.train.critic_lr, iteration)
         metrics = train_rl.update(policy, optimizer, batches, ready, config, config.train.lr, iteration)
-    return {key: tensor.float().clone() for key, tensor in named_weights(policy)}, metrics
+    weights = {key: tensor.float().clone() for key, tensor in named_weights(policy)}
+    if ppo:
+        critic = ppo.critic.model.state_dict()
+        weights |= {f"critic.{key}": full_tensor(one).float() for key, one in critic.items() if SCORE.search(key)}
+    return weights, metrics
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +110,12 @@ def test_two_ranks_equal_one_in_every_way_of_holding_weights(samples, config, tm
     start = dict(named_weights(load_model(config)))
     for name in SCENARIOS:
         weights, metrics = updated(name, config, samples, sharded=False)
-        assert list(first[name][0]) == list(weights) == list(start), name
+        critic = {key: torch.zeros_like(one) for key, one in weights.items() if key.startswith("critic.")}
+        assert list(first[name][0]) == list(weights) == list(start) + list(critic), name
+        assert ("ppo" in name) == bool(critic) and all(one.any() for key, one in weights.items() if key in critic)
         assert tiny.distance(first[name][0], second[name][0]) == 0, name
         exact = "bfloat16" not in name and "8 bits" not in name
-        apart, moved = total_distance(first[name][0], weights), total_distance(weights, start)
+        apart, moved = total_distance(first[name][0], weights), total_distance(weights, start | critic)
         # where a gradient is all but 0, Adam steps by its sign, which rounding decides: hence a sum, not the largest
         assert apart < (1e-3 if exact else 0.2) * moved and moved > 1, name
         near = pytest.approx(metrics["train/grad_norm"], rel=1e-4 if exact else 0.05)

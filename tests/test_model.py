@@ -1,5 +1,6 @@
 """model.py and packing.py: the tokenizer, log-probs of packed and padded samples against a plain reference."""
 
+import copy
 import json
 
 import huggingface_hub
@@ -13,7 +14,7 @@ import model
 import prompts
 from checkpoint import save_model
 from config import Config, ConfigError
-from model import LanguageModel, all_logprobs, load_model, load_tokenizer
+from model import LanguageModel, all_logprobs, as_reference, load_model, load_tokenizer
 from packing import Sample, lay_out
 from prompts import PromptContext
 from tools import tiny_base_model
@@ -156,6 +157,30 @@ def test_computing_in_bfloat16_keeps_float32_weights_and_gradients(small_model, 
     for one, other in zip(found, gradients(small_model, exact_T.mean()), strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, atol=0.02, rtol=0)
+
+
+def test_a_reference_comes_to_the_device_and_leaves_without_being_copied_back(policy, monkeypatch):
+    """Its weights wait in main memory; a copy stands for those on a GPU."""
+    held = LanguageModel(copy.deepcopy(policy.model), None, torch.device("cpu"))
+
+    def places() -> list[int]:
+        return [weight.data_ptr() for weight in held.model.parameters()]
+
+    waiting = places()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
+        with as_reference(held, policy) as scoring:
+            assert scoring is held and not set(places()) & set(waiting)
+    assert places() == waiting
+
+
+@pytest.mark.parametrize("tune", ["full", "lora", "qlora"])
+def test_on_a_gpu_weights_are_loaded_straight_to_it(monkeypatch, tune):
+    monkeypatch.setattr(model, "select_device", lambda config: torch.device("cuda", 3))
+    for train in (False, True):
+        options = model.loading_options(tiny.changed(Config(), f"model.tune={tune}"), train)
+        assert options["device_map"] == {"": torch.device("cuda", 3)}
+        assert options["dtype"] == (torch.float32 if train and tune == "full" else torch.bfloat16)
 
 
 def test_a_model_that_is_trained_drops_nothing(policy, tmp_path):

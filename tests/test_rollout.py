@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch._dynamo.config as dynamo
 import torch._inductor.config as inductor
 
 import envs
@@ -244,6 +245,7 @@ def on_gpu(policy, config, monkeypatch):
     class Llm:
         def __init__(self, *_, **given):
             os.environ[COMPILE_THREADS], inductor.compile_threads = "1", 1
+            dynamo.recompile_limit = 16
             ask("start", **given)
 
         def __getattr__(self, name):
@@ -287,12 +289,14 @@ def test_on_a_gpu_the_engine_sleeps_without_its_weights(on_gpu):
 def test_too_little_gpu_memory_for_the_engine_says_what_to_change(on_gpu, monkeypatch, when, error, cure):
     fake, make = on_gpu
     monkeypatch.setenv(COMPILE_THREADS, "3")
+    monkeypatch.setattr(dynamo, "recompile_limit", 64)
     fake.errors[when] = error
     with pytest.raises(ConfigError if cure else type(error)) as raised:
         engine = make()
         engine.sleep()
         engine.load_weights([])
     assert os.environ[COMPILE_THREADS] == "3" and inductor.compile_threads == 3
+    assert dynamo.recompile_limit == 64
     if cure:
         assert f"{cure} rollout.gpu_memory_utilization ({error})" in str(raised.value)
         assert raised.value.__cause__ is error

@@ -475,6 +475,23 @@ def test_mini_batches_share_prefixes_and_have_some_of_every_game(config):
     assert everything <= computed["prefixes"] < 1.4 * everything < 1.8 * everything < computed["shuffled"]
 
 
+@pytest.mark.parametrize(
+    "games, length, per_update, expected",
+    [(16, 17, 136, {136}), (16, 15, 8, {8}), (4, 40, 4, {4}), (3, 1, 1, {1}), (12, 229, 230, {229})],
+)
+def test_mini_batches_are_of_equal_size(config, games, length, per_update, expected):
+    """Also where games do not divide, and where there are fewer of them than mini-batches."""
+    samples = [
+        Sample(np.array([game, step % 4]), np.array([step]), advantage=1.0, group=game)
+        for game in range(games)
+        for step in range(length)
+    ]
+    batches = mini_batches(samples, changed(config, f"train.samples_per_update={per_update}"), 0, 1)
+    sizes = [len(share) for (share,) in batches]
+    assert sum(sizes) == len(samples) and max(sizes) - min(sizes) <= 8 and min(sizes) > 0
+    assert per_update < 100 or set(sizes) == expected
+
+
 def test_tasks_are_walked_in_laps(config):
     tasks = [envs.Task("alfworld", "type", str(number), "train") for number in range(10)]
     drawn = [task.id for iteration in range(10) for task in sample_tasks(tasks, config, iteration).values()]  # 4 each

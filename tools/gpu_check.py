@@ -134,14 +134,17 @@ def make_samples(policy: LanguageModel, groups: int = 2) -> list[Sample]:
     return samples
 
 
-def random_policy(config: Config) -> LanguageModel:
-    """Make model.path's model with random weights, the same on every rank. Raises Skip where a run would not fit."""
+def random_policy(config: Config, alone: bool = False) -> LanguageModel:
+    """Make model.path's model with random weights, the same on every rank. Raises Skip where a run would not fit, or
+    `alone`, without an engine, its update."""
     if config.model.tune == "qlora":
         raise Skip("model.tune=qlora: random weights are not in 4 bits")
     sizes, device = AutoConfig.from_pretrained(config.model.path), select_device(config)
     if device.type == "cuda":
         gib = torch.cuda.get_device_properties(device).total_memory / memory.GIB
-        needed = max(phase.total for phase in memory.phases(config, gib, dist.get_world_size(), sizes)[1])
+        phases = memory.phases(config, gib, dist.get_world_size(), sizes)[1]
+        totals = [phase.total - alone * phase.parts.get("engine", 0.0) for phase in phases]
+        needed = max(totals)
         if needed + memory.UNCOUNTED_GIB > gib:
             raise Skip(f"a run would take {needed:.0f} GiB of {gib:.0f}: --set model.tune=lora, or use more GPUs")
     with device:
@@ -215,7 +218,7 @@ def update(arguments: argparse.Namespace) -> str:
     FLOPs are of the layers' matrices for distinct tokens, and of the head for replies; attention's are not counted.
     """
     config, world = settings("algo.kl=0", *arguments.set, path="shaped"), dist.get_world_size()
-    trainer = Trainer(config, policy=random_policy(config))
+    trainer = Trainer(config, policy=random_policy(config, alone=True))
     policy, sizes = trainer.policy, trainer.policy.inner.config
     trainer.update(2 * world)  # warms up
     with Peak(policy.device) as peak:
@@ -269,16 +272,20 @@ def trains(arguments: argparse.Namespace, options: Sequence[str], needs: str = "
 
 
 def resumes(arguments: argparse.Namespace) -> str:
-    """Show that policy and critic go on from a checkpoint as they would have without a stop."""
-    trainer = Trainer(config := settings("algo.advantage=ppo", "model.dtype=float32"))
-    trainer.update()
-    optimizers = {"policy": trainer.optimizer, "critic": trainer.ppo.optimizer}
-    save_checkpoint(trainer.policy, optimizers, trainer.ppo.critic, config, TrainState(iteration=1))
-    again = Trainer(config, resume(config))
-    start = again.weights()
-    trainer.update()
-    again.update()
-    return compare(trainer.weights(), again.weights(), start, APART["float32"])
+    """Show that policy and critic go on from a checkpoint as they would have without a stop, whole or with adapters."""
+    said = []
+    for tune in ("full", "lora"):
+        options = ["algo.advantage=ppo", "model.dtype=float32", f"model.tune={tune}", f"name=resumed_{tune}"]
+        trainer = Trainer(config := settings(*options))
+        trainer.update()
+        optimizers = {"policy": trainer.optimizer, "critic": trainer.ppo.optimizer}
+        save_checkpoint(trainer.policy, optimizers, trainer.ppo.critic, config, TrainState(iteration=1))
+        again = Trainer(config, resume(config))
+        start = again.weights()
+        trainer.update()
+        again.update()
+        said.append(f"{tune} {compare(trainer.weights(), again.weights(), start, APART['float32'])}")
+    return ", ".join(said)
 
 
 def engine(arguments: argparse.Namespace, kind: str, ranks: int = 1) -> str:
@@ -301,7 +308,8 @@ def engine(arguments: argparse.Namespace, kind: str, ranks: int = 1) -> str:
     free = torch.cuda.mem_get_info()[0] if policy.device.type == "cuda" else 0
     made.sleep()
     freed = torch.cuda.mem_get_info()[0] - free if policy.device.type == "cuda" else 0
-    trainer.update()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # vLLM has a limit of its own
+        trainer.update()
     old = [Sample(ids, np.array(reply.ids)) for ids, reply in zip(prompts, replies, strict=True)]
     now, then = model.all_logprobs(policy, old, budget, 1.0), [reply.logprobs for reply in replies]
     moved = float(np.abs(np.concatenate(now) - np.concatenate(then)).mean())
@@ -322,6 +330,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace], str]] = {
     "update": update,
     "shards": shards,
     "ppo": functools.partial(trains, options=["algo.advantage=ppo"]),
+    "checkpointing": functools.partial(trains, options=["model.gradient_checkpointing=true"]),
     "lora": functools.partial(trains, options=["model.tune=lora"]),
     "qlora": functools.partial(trains, options=["model.tune=qlora"], needs="bitsandbytes"),
     "adamw8bit": functools.partial(trains, options=["train.optimizer=adamw8bit"], needs="bitsandbytes"),

@@ -36,7 +36,7 @@ from config import ConfigError
 from tools.svg import chart, evenly, stack, text, thinned
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html"
-PHASES = ("collect", "judge", "score", "coupling", "update", "sync", "guidelines", "evaluate")
+PHASES = ("collect", "judge", "score", "coupling", "update", "sync", "guidelines", "evaluate", "nthr", "sleep")
 LONGEST = 20_000  # characters of one text of an episode
 MOST_METRICS = 200  # names in metrics.jsonl that are drawn
 
@@ -77,7 +77,7 @@ MISMATCH = (
 )
 MACHINE = (
     ("Sampled tokens per second", "rollout/tokens_per_s", "number", None),
-    ("Tokens trained on per token computed", "train/tokens_per_distinct", "number", 1.0),
+    ("Tokens trained on per distinct token", "train/tokens_per_distinct", "number", 1.0),
     ("Peak GPU memory of the trainer, GiB", "mem/peak_gib", "number", None),
 )
 LABELS = (
@@ -770,7 +770,7 @@ def time_section(runs: Sequence[Run]) -> str:
         phases = {name[5:] for name in run.metrics if name.startswith("time/")} - {"total"}
         order = [phase for phase in PHASES if phase in phases] + sorted(phases - set(PHASES))
         bars = [
-            (phase, f"p{PHASES.index(phase) if phase in PHASES else 7}", thinned(run.metrics[f"time/{phase}"], 200))
+            (phase, f"p{PHASES.index(phase) if phase in PHASES else 9}", thinned(run.metrics[f"time/{phase}"], 200))
             for phase in order
         ]
         parts.append(stack(f"Seconds per phase{_of(run, runs)}", bars, "seconds"))
