@@ -289,14 +289,13 @@ def test_on_a_gpu_the_engine_sleeps_without_its_weights(on_gpu):
 def test_too_little_gpu_memory_for_the_engine_says_what_to_change(on_gpu, monkeypatch, when, error, cure):
     fake, make = on_gpu
     monkeypatch.setenv(COMPILE_THREADS, "3")
-    monkeypatch.setattr(dynamo, "recompile_limit", 64)
     fake.errors[when] = error
-    with pytest.raises(ConfigError if cure else type(error)) as raised:
+    with dynamo.patch(recompile_limit=64), pytest.raises(ConfigError if cure else type(error)) as raised:
         engine = make()
+        assert dynamo.recompile_limit == 64
         engine.sleep()
         engine.load_weights([])
     assert os.environ[COMPILE_THREADS] == "3" and inductor.compile_threads == 3
-    assert dynamo.recompile_limit == 64
     if cure:
         assert f"{cure} rollout.gpu_memory_utilization ({error})" in str(raised.value)
         assert raised.value.__cause__ is error
