@@ -93,6 +93,7 @@ def main() -> None:
     command.add_argument("--batch", type=int, default=8, help="samples of a batch of the side trl")
     command.add_argument("--peak-tflops", type=float, help="of the GPU, for the model-FLOPs utilisation")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
+    command.add_argument("--ours", nargs="+", default=[], metavar="KEY=VALUE", help="override fields of that side alone")
     command.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     command.add_argument("--samples", type=Path, help=argparse.SUPPRESS)
     arguments = command.parse_args()
@@ -133,7 +134,8 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Measure one update of one side: seconds, GiB, the GiB that ours should take, tokens and their TFLOPs."""
     few = () if arguments.ckpt else (FEW_TOKENS,)
-    config = configuration.load(arguments.config, [*ALIKE, *few, *arguments.set])
+    own = arguments.ours if arguments.side == "ours" else ()
+    config = configuration.load(arguments.config, [*ALIKE, *few, *arguments.set, *own])
     if arguments.side != "ours":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="sdpa"))
     init_distributed(config)
