@@ -93,7 +93,7 @@ def main() -> None:
     command.add_argument("--batch", type=int, default=8, help="samples of a batch of the side trl")
     command.add_argument("--peak-tflops", type=float, help="of the GPU, for the model-FLOPs utilisation")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
-    command.add_argument("--ours", nargs="+", default=[], metavar="KEY=VALUE", help="override fields of that side alone")
+    command.add_argument("--ours", nargs="+", default=[], metavar="KEY=VALUE", help="of that side alone")
     command.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     command.add_argument("--samples", type=Path, help=argparse.SUPPRESS)
     arguments = command.parse_args()
