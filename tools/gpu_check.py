@@ -143,8 +143,7 @@ def random_policy(config: Config, alone: bool = False) -> LanguageModel:
     if device.type == "cuda":
         gib = torch.cuda.get_device_properties(device).total_memory / memory.GIB
         phases = memory.phases(config, gib, dist.get_world_size(), sizes)[1]
-        totals = [phase.total - alone * phase.parts.get("engine", 0.0) for phase in phases]
-        needed = max(totals)
+        needed = max(phase.total - alone * phase.parts.get("engine", 0.0) for phase in phases)
         if needed + memory.UNCOUNTED_GIB > gib:
             raise Skip(f"a run would take {needed:.0f} GiB of {gib:.0f}: --set model.tune=lora, or use more GPUs")
     with device:
