@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForTokenClassification
-from transformers.utils import logging as hf_logging
 
 from checkpoint import TrainState
 from config import Config
@@ -37,16 +36,16 @@ from logger import save_bad_samples
 from losses import check_lengths, compact_ids, discounted_sums, sample_means
 from model import (
     LanguageModel,
-    base_of,
     by_sample,
     head_logprobs,
-    is_adapter,
     last_hidden,
     loading_options,
     logit_gradients,
     place_on_device,
+    read_weights,
     training_batches,
 )
+from model_files import base_of, is_adapter
 from packing import MicroBatch, Sample, micro_batches
 
 
@@ -98,25 +97,33 @@ def value_loss(value_T: Tensor, old_value_T: Tensor, return_T: Tensor, clip: flo
 
 
 def nthr_weights(
-    hidden_TH: Tensor, logit_grad_TV: Tensor, sample_T: Tensor, won_T: Tensor, beta: float, eta: float
+    hidden_TH: Tensor,
+    logit_grad: Callable[[slice], Tensor],
+    sample_T: Tensor,
+    won_T: Tensor,
+    beta: float,
+    eta: float,
+    at_once: int = 2048,
 ) -> tuple[Tensor, dict[str, float]]:
     """Find factors on the advantages of one group's tokens, float32 [T]: eta for the tokens of lost samples that pull
     the won ones along, else 1.
 
-    hidden_TH: the old policy's input to the lm_head at each response token; logit_grad_TV: one-hot of the token minus
-    the policy's probabilities, over the vocabulary or the part of it that the group's responses use; won_T: bool. A
-    token's influence is s = g^T M h with M = sum of g h^T over the won samples' tokens; the threshold is beta times the
-    least mean s of a won sample; lost ones' tokens above it are selected. A group without both kinds is left alone.
+    hidden_TH: the old policy's input to the lm_head at each response token; logit_grad: gives, for a slice of at most
+    `at_once` tokens, one-hot of each minus the policy's probabilities, [*, V], over the vocabulary or the part of it
+    that the group's responses use; won_T: bool. A token's influence is s = g^T M h with M = sum of g h^T over the won
+    samples' tokens; the threshold is beta times the least mean s of a won sample; lost ones' tokens above it are
+    selected. A group without both kinds is left alone.
     Returns (factor_T, {"tau", "selected": number of tokens}). Raises ValueError where lengths differ. No gradient.
     Source: NTHR (Deng et al. 2025), equations 6 to 8; a sample counts for itself in its mean, as in their formula.
     """
-    check_lengths(sample_T=sample_T, won_T=won_T, hidden_TH=hidden_TH[:, 0], logit_grad_TV=logit_grad_TV[:, 0])
+    check_lengths(sample_T=sample_T, won_T=won_T, hidden_TH=hidden_TH[:, 0])
     factor_T = torch.ones(len(sample_T), dtype=torch.float32, device=hidden_TH.device)
     won_T = won_T.bool()
     if won_T.all() or not won_T.any():
         return factor_T, {"tau": math.nan, "selected": 0}
-    pull_VH = logit_grad_TV[won_T].T @ hidden_TH[won_T]
-    influence_T = ((logit_grad_TV @ pull_VH) * hidden_TH).sum(-1)
+    parts = [slice(first, first + at_once) for first in range(0, len(sample_T), at_once)]
+    pull_VH = sum((logit_grad(part) * won_T[part, None]).T @ hidden_TH[part] for part in parts)
+    influence_T = torch.cat([((logit_grad(part) @ pull_VH) * hidden_TH[part]).sum(-1) for part in parts])
     tau = beta * float(sample_means(influence_T, sample_T)[won_T].min())
     selected_T = ~won_T & (influence_T > tau)
     return torch.where(selected_T, eta, factor_T), {"tau": tau, "selected": int(selected_T.sum())}
@@ -221,23 +228,19 @@ def load_critic(config: Config, policy: LanguageModel, path: str) -> LanguageMod
 
     The head of a language model's checkpoint starts at 0: the first values are 0, the same on every rank.
     """
-    adapter, base = path if is_adapter(path) else "", base_of(path)
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # it would tell that the head is new
+    adapter, base = path if is_adapter(path) else "", base_of(path, config)
     shape = AutoConfig.from_pretrained(base, num_labels=1)
     shape.classifier_dropout = 0.0
     options = loading_options(config, train=True)
     if "quantization_config" in options:
         options["quantization_config"].llm_int8_skip_modules = ["score"]  # it is trained
-    model, report = AutoModelForTokenClassification.from_pretrained(
-        base, config=shape, output_loading_info=True, **options
-    )
-    hf_logging.set_verbosity(verbosity)
-    if report["missing_keys"]:
+    options["config"] = shape
+    model, new = read_weights(AutoModelForTokenClassification, base, options, new="score.", unread="lm_head.")
+    if new:
         torch.nn.init.zeros_(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
     model.score.float()
-    return place_on_device(config, model, policy.tokenizer, base, adapter, train=True, task="TOKEN_CLS")
+    return place_on_device(config, model, policy.chat, base, adapter, train=True, task="TOKEN_CLS")
 
 
 def token_values(critic: LanguageModel, batch: MicroBatch) -> Tensor:
@@ -261,32 +264,39 @@ def nthr_reweight(policy: LanguageModel, samples: Sequence[Sample], config: Conf
 
     `samples` are actions of whole groups. The pass gives the old policy's log-probs, too, which are kept. Source: NTHR.
     """
-    algo, temperature = config.algo, config.rollout.temperature
+    algo = config.algo
     groups: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.group].append(sample)
     with unsharded(policy.fsdp_root):
         for group in groups.values():
             won = {sample.trajectory: sample.won for sample in group}
-            if len(set(won.values())) < 2:
-                continue
-            batches = micro_batches(group, config.train.tokens_per_micro_batch, policy.packing)
-            parts = [last_hidden(policy, batch) for batch in batches]
-            hidden_TH, target_T = (torch.cat(one) for one in zip(*parts, strict=True))
-            logp_T, _ = head_logprobs(policy, hidden_TH, target_T, temperature)
-            # over the tokens that occur in the group's replies: elsewhere the gradients of all are small
-            token_V = target_T.unique()
-            logit_grad_TV = logit_gradients(policy, hidden_TH, target_T, temperature, token_V, logp_T=logp_T)
-            ordered = [sample for batch in batches for sample in batch.samples]
-            lengths = [len(sample.response_ids) for sample in ordered]
-            sample_T = torch.arange(len(ordered)).repeat_interleave(torch.tensor(lengths)).to(policy.device)
-            won_T = torch.tensor([sample.won for sample in ordered], device=policy.device)[sample_T]
-            eta = 2 * abs(0.5 - np.mean(list(won.values()))) if algo.nthr_eta is None else algo.nthr_eta
-            hidden_TH = hidden_TH.float()
-            factor_T, _ = nthr_weights(hidden_TH, logit_grad_TV, sample_T, won_T, algo.nthr_beta, float(eta))
-            for sample, logprobs, factor in zip(ordered, logp_T.split(lengths), factor_T.split(lengths), strict=True):
-                if config.train.old_logprobs == "trainer":
-                    sample.old_logprobs = logprobs.float().cpu().numpy()
-                if sample.advantage < 0:
-                    sample.advantage = sample.advantage * factor.cpu().numpy()
-                    sample.nthr_tokens = int((factor != 1).sum())
+            if len(set(won.values())) == 2:
+                eta = 2 * abs(0.5 - np.mean(list(won.values()))) if algo.nthr_eta is None else algo.nthr_eta
+                _reweight_group(policy, group, float(eta), config)
+
+
+def _reweight_group(policy: LanguageModel, group: Sequence[Sample], eta: float, config: Config) -> None:
+    """Do nthr_reweight for the samples of one group, some of which are won."""
+    temperature = config.rollout.temperature
+    batches = micro_batches(group, config.train.tokens_per_micro_batch, policy.packing)
+    hidden_TH, target_T = (
+        torch.cat(one) for one in zip(*[last_hidden(policy, batch) for batch in batches], strict=True)
+    )
+    logp_T, _ = head_logprobs(policy, hidden_TH, target_T, temperature)
+    token_V = target_T.unique()  # the tokens that occur in the group's replies: elsewhere the gradients are small
+
+    def logit_grad(part: slice) -> Tensor:
+        return logit_gradients(policy, hidden_TH[part], target_T[part], temperature, token_V, logp_T=logp_T[part])
+
+    ordered = [sample for batch in batches for sample in batch.samples]
+    lengths = [len(sample.response_ids) for sample in ordered]
+    sample_T = torch.arange(len(ordered)).repeat_interleave(torch.tensor(lengths)).to(policy.device)
+    won_T = torch.tensor([sample.won for sample in ordered], device=policy.device)[sample_T]
+    factor_T, _ = nthr_weights(hidden_TH.float(), logit_grad, sample_T, won_T, config.algo.nthr_beta, eta)
+    for sample, logprobs, factor in zip(ordered, logp_T.split(lengths), factor_T.split(lengths), strict=True):
+        if config.train.old_logprobs == "trainer":
+            sample.old_logprobs = logprobs.float().cpu().numpy()
+        if sample.advantage < 0:
+            sample.advantage = sample.advantage * factor.cpu().numpy()
+            sample.nthr_tokens = int((factor != 1).sum())

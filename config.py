@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import logging
 import math
 import os
@@ -39,6 +40,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 LEVELS = ("L0", "L1", "L2")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 class ConfigError(Exception):
@@ -46,16 +48,26 @@ class ConfigError(Exception):
 
 
 def option(
-    default: Any, what: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+    default: Any,
+    what: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    is_path: bool = False,
 ) -> Any:
-    """Declare an option: its default, what it does in one line, and the range of its values."""
+    """Declare an option: its default, what it does in one line, the range of its values, and whether it is a path."""
     limits = {"above": above, "at_least": at_least, "at_most": at_most}
-    return field(default=default, metadata={"what": what} | {key: n for key, n in limits.items() if n is not None})
+    limits = {key: n for key, n in limits.items() if n is not None}
+    return field(default=default, metadata={"what": what, "limits": limits, "is_path": is_path})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: str = option("Qwen/Qwen2.5-1.5B-Instruct", "a Hugging Face id or folder, or a checkpoint of a run")
+    path: str = option("Qwen/Qwen2.5-1.5B-Instruct", "a Hugging Face id or folder, or a run's checkpoint", is_path=True)
+    base: str = option("", "the model under an adapter; empty: where the adapter's own config says", is_path=True)
+    chat_template: str = option("", "file of a chat template (Jinja); empty: the tokenizer's own", is_path=True)
+    thinking: Literal["default", "on", "off"] = option("default", "for templates with such a switch (Qwen3)")
     # The trainer's weights are float32 always: in bfloat16 the steps of a learning rate of 1e-6 would be rounded away.
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "what trainer and engine compute in; auto: bfloat16 on CUDA, float32 on CPU"
@@ -77,7 +89,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class EnvConfig:
     name: str = option("", "a module under environments/, or any importable one of yours: my_package.my_env")
-    data: str = option("", "folder of the environment's data; empty: where the environment says")
+    data: str = option("", "folder of the environment's data; empty: where the environment says", is_path=True)
     level: Literal["L0", "L1", "L2"] = option("L0", "L0 and L1 train on task_types, L2 on those not held out")
     task_types: tuple[str, ...] = option((), "task types of L0 and L1; empty: all of the environment's")
     held_out_types: tuple[str, ...] = option((), "types that L2 evaluates on alone; empty: the environment's")
@@ -176,13 +188,13 @@ class JudgeConfig:
     max_answer_tokens: int = option(1024, "where an answer is cut off", above=0)
     max_requests: int = option(100_000, "of the whole run; after that nothing is asked", at_least=0)
     max_tokens: int = option(200_000_000, "of the whole run, prompts and answers together", at_least=0)
-    cache: str = option("data/teacher", "folder of the answers")
+    cache: str = option("data/teacher", "folder of the answers", is_path=True)
 
 
 @dataclass(frozen=True)
 class GuidelinesConfig:
     every: int = option(0, "iterations between refreshes of the guidelines; 0: none are made", at_least=0)
-    file: str = option("", "text file of guidelines to start with, one a line; with every=0 they stay")
+    file: str = option("", "text file of guidelines to start with, one a line; with every=0 they stay", is_path=True)
     writer: Literal["auto", "teacher", "policy", "medoid"] = option(
         "auto", "who distils advice: an endpoint, the policy, or the most central advice; auto: endpoint, else policy"
     )
@@ -227,7 +239,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    data: str = option("", "JSONL of chat rows to learn; empty: made of the environment's expert")
+    data: str = option("", "file of chats to learn (see chat_rows.py); empty: the expert's episodes", is_path=True)
     variant: Literal["vanilla", "generative"] = option("vanilla", "generative: judged steps are learned, too")
     writer: Literal["template", "teacher"] = option("template", "of thoughts and critiques; teacher: the endpoint")
     episodes: int = option(300, "expert episodes", above=0)
@@ -327,7 +339,7 @@ def check(config: Config) -> None:
     What the tables of losses.py and an environment's module know is checked at a script's start, by its preflight().
     """
     for key, one, value in options(config):
-        limits = {name: limit for name, limit in one.metadata.items() if name != "what"}
+        limits = one.metadata["limits"]
         if limits and value is not None and not _within(value, **limits):
             allowed = " and ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in limits.items())
             raise ConfigError(f"{key} is {value}; it must be {allowed}")
@@ -443,7 +455,7 @@ def manual() -> str:
     """Describe every option, one after the other: key, default, range, what it does."""
     lines = []
     for key, one, _ in options(Config()):
-        limits = ", ".join(f"{name.replace('_', ' ')} {n:g}" for name, n in one.metadata.items() if name != "what")
+        limits = ", ".join(f"{name.replace('_', ' ')} {n:g}" for name, n in one.metadata["limits"].items())
         default = to_dict(Config())
         for part in key.split("."):
             default = default[part]
@@ -532,7 +544,17 @@ def _build(cls: type, tree: Any, where: str) -> Any:
             raise ConfigError(f"unknown key {name}{nearest(str(key), hints)}")
         read = _build if dataclasses.is_dataclass(hints[key]) else _parse
         values[key] = read(hints[key], value, name)
+        if cls.__dataclass_fields__[key].metadata.get("is_path"):
+            values[key] = expand_path(values[key], name)
     return cls(**values)
+
+
+def expand_path(path: str, key: str) -> str:
+    """Write out ~ and $VARIABLES in the path that an option gives. Raises ConfigError for unset ones."""
+    whole = os.path.expandvars(os.path.expanduser(path))
+    if unset := re.search(r"\$(\w+|\{\w+\})", whole):
+        raise ConfigError(f"{key}={path}: {unset[0]} is not set")
+    return whole
 
 
 def _parse(hint: Any, value: Any, name: str) -> Any:
@@ -577,8 +599,10 @@ def fail_clearly(main: Callable[[], None]) -> None:
         code, message = 2, f"error: {error}\n"
     except KeyboardInterrupt:
         code, message = 130, "interrupted\n"
-    except Exception:
+    except Exception as error:
         code, message = 1, traceback.format_exc()
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            code, message = 2, f"error: {error.strerror}: {error.filename or 'a file being written'}\n"
     sys.stdout.flush()  # os._exit would lose what is still buffered
     print(message, end="", file=sys.stderr, flush=True)
     os._exit(code)

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -82,13 +83,21 @@ def progress_bar(items: Iterable | None = None, **settings: Any) -> tqdm:
 
 
 class PreemptionSignal:
-    """SIGTERM, as clusters send before they take a machine away: the run is to save and end."""
+    """SIGTERM, as clusters send before they take a machine away, or a first Ctrl-C: the run is to save and end.
+
+    A second Ctrl-C ends it at once.
+    """
 
     def __init__(self) -> None:
         self.received = False
-        signal.signal(signal.SIGTERM, self._receive)
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(kind, self._receive)
 
-    def _receive(self, *_: object) -> None:
+    def _receive(self, kind: int, _: object) -> None:
+        if kind == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if dist.get_rank() == 0:
+                print("\ninterrupted: saving (Ctrl-C again ends at once)", file=sys.stderr, flush=True)
         self.received = True
 
     def any_rank(self) -> bool:

@@ -14,7 +14,6 @@ import os
 import re
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +24,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import attention
 from config import Config, ConfigError
 from distributed import progress_bar
 from model import LanguageModel, all_logprobs, named_weights
 from packing import Sample
 
-WEIGHT_SYNC_BOUND = 0.2  # nat per token: bfloat16 is off by some hundredths, other weights by whole nats
+# mean |log-prob difference| of engine and trainer, in nat per token, that stops a run: float32 is off by 1e-7 to 1e-6,
+# bfloat16 by some hundredths
+MISMATCH_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,6 @@ class Completion:
 
     ids: list[int]
     logprobs: list[float]
-
-
-def is_truncated(model: LanguageModel, completion: Completion) -> bool:
-    """Tell whether a reply ended at its limit of tokens instead of at the end of the turn."""
-    return not completion.ids or completion.ids[-1] != model.tokenizer.eos_token_id
 
 
 def stable_seed(*key: int) -> int:
@@ -193,8 +190,8 @@ class VllmEngine(Engine):
             seed=params.seed,
             logprobs=0,
             detokenize=False,
-            stop_token_ids=[policy.tokenizer.eos_token_id],
-            ignore_eos=True,  # those of the model's generation_config.json, which may be more
+            stop_token_ids=sorted(policy.chat.ends),
+            ignore_eos=True,  # what generation_config.json says is among them
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -321,76 +318,6 @@ def _process_as_before() -> Iterator[None]:
         inductor.compile_threads = inductor.decide_compile_threads()
 
 
-class TransformersEngine(Engine):
-    """transformers' generate() on the trainer's own weights, all queued requests as one padded batch."""
-
-    def __init__(self, policy: LanguageModel, batch: int) -> None:
-        super().__init__(policy)
-        self.batch = batch
-        self.queue: deque[tuple[str, list[int], SamplingParams]] = deque()
-
-    def submit(self, key: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        self.queue.append((key, list(prompt_ids), params))
-
-    @torch.no_grad()
-    def poll(self) -> list[tuple[str, Completion]]:
-        taken = [self.queue.popleft() for _ in range(min(self.batch, len(self.queue)))]
-        if not taken:
-            return []
-        tokenizer, model = self.policy.tokenizer, self.policy.model
-        width = max(len(ids) for _, ids, _ in taken)
-        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids, _ in taken], device=self.policy.device)
-        mask = torch.tensor(
-            [[0] * (width - len(ids)) + [1] * len(ids) for _, ids, _ in taken], device=self.policy.device
-        )
-        sampler = _SeededSampler([params for _, _, params in taken])
-        with self.policy.autocast():
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,  # some models' generation_config.json has another: falsified log-probs
-                max_new_tokens=max(params.max_tokens for _, _, params in taken),
-                eos_token_id=end,
-                pad_token_id=pad,
-                logits_processor=[sampler],
-            )[:, width:]
-        finished = []
-        for index, (key, _, params) in enumerate(taken):
-            ids = output[index].tolist()[: params.max_tokens]
-            ids = ids[: ids.index(end) + 1] if end in ids else ids
-            logprobs = [float(sampler.logprobs[at][index]) for at in range(len(ids))]
-            finished.append((key, Completion(ids, logprobs)))
-        return finished
-
-    def cancel(self, keys: Sequence[str]) -> None:
-        self.queue = deque(request for request in self.queue if request[0] not in keys)
-
-    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        pass  # it generates with the trainer's own weights
-
-
-class _SeededSampler:
-    """A logits processor that turns generate()'s arg-max into sampling with one generator per request (Gumbel-max)."""
-
-    def __init__(self, params: Sequence[SamplingParams]) -> None:
-        self.temperature = torch.tensor([[one.temperature] for one in params])
-        self.generators = [torch.Generator().manual_seed(one.seed) for one in params]
-        self.logprobs: list[torch.Tensor] = []  # of the chosen tokens, [B] each
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logp = torch.log_softmax(scores.float().cpu() / self.temperature.clamp(min=1e-6), dim=-1)  # [B, V]
-        uniform = torch.stack([torch.rand(logp.shape[1], generator=generator) for generator in self.generators])
-        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-        noisy = torch.where(self.temperature > 0, logp + gumbel, logp)  # [B, V] generate() takes its arg-max
-        self.logprobs.append(logp.gather(1, noisy.argmax(1, keepdim=True))[:, 0])
-        return noisy.to(scores.device)
-
-
 def make_engine(config: Config, policy: LanguageModel, keep_model: bool = True) -> Engine:
     """Make the engine that `rollout.engine` names, holding the policy's weights.
 
@@ -405,7 +332,10 @@ def make_engine(config: Config, policy: LanguageModel, keep_model: bool = True) 
             "or use rollout.engine=transformers, which is slower"
         )
     if kind == "transformers" or not installed:
-        return TransformersEngine(policy, config.rollout.concurrency)
+        from transformers_engine import PaddedEngine, TransformersEngine  # which imports this file
+
+        kind_of_engine = TransformersEngine if attention.supports_lines(policy.inner) else PaddedEngine
+        return kind_of_engine(policy, config.rollout.concurrency)
     if not keep_model:
         policy.model.to("cpu")  # before vLLM looks how much of the GPU is free
     engine = VllmEngine(policy, config)
@@ -425,16 +355,22 @@ def check_weight_sync(
 ) -> float:
     """Measure the mean |log-prob difference| of engine and trainer on fresh completions of a few prompts, in nats.
 
-    Raises RuntimeError above WEIGHT_SYNC_BOUND: the engine then does not run the trainer's weights.
+    Raises RuntimeError if that is too much.
     """
     params = [SamplingParams(1.0, 16, stable_seed(config.seed, index)) for index in range(len(prompt_ids))]
     completions = engine.generate(prompt_ids, params)
     samples = [Sample(np.array(ids), np.array(c.ids)) for ids, c in zip(prompt_ids, completions, strict=True)]
     trainer = all_logprobs(policy, samples, config.train.tokens_per_micro_batch, 1.0)
     gap = float(np.abs(np.concatenate(trainer) - np.concatenate([c.logprobs for c in completions])).mean())
-    if not gap <= WEIGHT_SYNC_BOUND:
-        raise RuntimeError(
-            f"engine and trainer disagree by {gap:.3g} nat per token (bound {WEIGHT_SYNC_BOUND}): the weight sync is "
-            "broken"
-        )
+    check_mismatch(gap, policy)
     return gap
+
+
+def check_mismatch(gap: float, policy: LanguageModel) -> None:
+    """Check how far engine and trainer are apart. Raises RuntimeError above MISMATCH_BOUNDS: they run other weights,
+    or compute something else with them, and what is trained is not what was sampled."""
+    if not gap <= (bound := MISMATCH_BOUNDS[policy.dtype]):
+        raise RuntimeError(
+            f"engine and trainer disagree by {gap:.3g} nat per token (bound {bound} in {policy.dtype}): the weight "
+            "sync is broken, or one of them reads the model in another way"
+        )

@@ -30,15 +30,17 @@ import importlib
 import pkgutil
 import string
 import sys
+import traceback
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import config as configuration
-from config import LEVELS, Config, ConfigError, EnvConfig, nearest
+from config import LEVELS, Config, ConfigError, EnvConfig, expand_path, nearest
 
 SPLITS = {"L0": "seen", "L1": "unseen", "L2": "unseen"}  # what a level evaluates on; every level trains on "train"
 REQUIRED = ("TASK_TYPES", "HELD_OUT_TYPES", "PROMPT", "tasks", "make")  # of an environment's module
@@ -46,6 +48,14 @@ PROMPT_FIELDS = {  # what braces in its PROMPT can name
     "opening": ("task",),
     "task": ("task",),
     "closing": ("actions", "objects", "guided", "reply_format"),
+}
+TEXTS = (tuple, list)
+OBSERVED = {  # an Observation's fields -> their types, and how these are called
+    **dict.fromkeys(("text", "task"), (str, "a text")),
+    **dict.fromkeys(("actions", "objects"), (TEXTS, "a tuple of texts")),
+    **dict.fromkeys(("done", "won", "won_loose"), (bool, "True or False")),
+    "score": (int | float, "a number"),
+    "available": (bool | None, "True, False or None"),
 }
 ROOT = Path(__file__).resolve().parent
 
@@ -130,10 +140,10 @@ def load(name: str) -> ModuleType:
         raise unknown
     try:
         module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{path}.".startswith(f"{error.name}."):  # it exists, and lacks something itself
-            raise
-        raise unknown from None
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{path}.".startswith(f"{error.name}."):
+            raise unknown from None
+        raise ConfigError(f"env.name={name!r}: {path} cannot be imported: {_told(error)}") from error
     if missing := [one for one in REQUIRED if not hasattr(module, one)]:
         raise ConfigError(f"env.name={name!r}: {path} is no environment, it lacks {', '.join(missing)} (see envs.py)")
     _check_words(name, module)
@@ -143,17 +153,46 @@ def load(name: str) -> ModuleType:
 def _check_words(name: str, env: ModuleType) -> None:
     """Check the names of an environment's task types, and the braces in its prompt. Raises ConfigError."""
     for key in ("TASK_TYPES", "HELD_OUT_TYPES"):
-        if isinstance(getattr(env, key), str):
-            raise ConfigError(
-                f"env.name={name!r}: {key} is one text, not several: ({getattr(env, key)!r},) has a comma"
-            )
+        types = getattr(env, key)
+        if isinstance(types, str):
+            raise ConfigError(f"env.name={name!r}: {key} is one text, not several: ({types!r},) has a comma")
+        if not isinstance(types, Sequence) or not all(isinstance(one, str) for one in types):
+            raise ConfigError(f"env.name={name!r}: {key} is {types!r:.80}, not a tuple of texts")
     for one in env.HELD_OUT_TYPES:
         if one not in env.TASK_TYPES:  # levels would train on what they were meant to hold out
             raise ConfigError(f"env.name={name!r}: HELD_OUT_TYPES has {one!r}{nearest(one, env.TASK_TYPES)}")
     for key, known in PROMPT_FIELDS.items():
-        for _, found, *_ in string.Formatter().parse(getattr(env.PROMPT, key)):
-            if found is not None and found not in known:
+        if not isinstance(text := getattr(env.PROMPT, key, None), str):
+            raise ConfigError(f"env.name={name!r}: PROMPT.{key} is no text (see prompts.EnvPrompt)")
+        try:
+            fields = [found for _, found, *_ in string.Formatter().parse(text) if found is not None]
+        except ValueError as error:
+            raise ConfigError(f"env.name={name!r}: PROMPT.{key}: {error}; double a brace that is to be shown") from None
+        for found in fields:
+            if found not in known:
                 raise ConfigError(f"env.name={name!r}: PROMPT.{key} has {{{found}}}{nearest(found, known)}")
+
+
+@contextmanager
+def _blaming(name: str, what: str) -> Iterator[None]:
+    """Turn what an environment's own code raises into a line that says whose it is, and where. Raises ConfigError."""
+    try:
+        yield
+    except ConfigError:  # it says so itself
+        raise
+    except Exception as error:
+        raise ConfigError(f"the environment {name}'s {what} fails: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """Tell an error of code that is not ours in one line, with the place in that code that it comes from."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    places = [
+        f"{Path(one.filename).name}, line {one.lineno}"
+        for one in traceback.extract_tb(error.__traceback__)
+        if one.filename != __file__ and not one.filename.startswith("<") and "/lib/python" not in one.filename
+    ]
+    return f"{text} ({places[-1]})" if places else text
 
 
 @functools.cache
@@ -171,13 +210,19 @@ def make_expert(env_cfg: EnvConfig, seed: int = 0) -> Expert:
             f"the environment {env_cfg.name} has no make_expert(env_cfg, seed): a cold start needs it, or rows of your "
             "own (sft.data=FILE)"
         )
-    return make(env_cfg, seed)
+    what = "make_expert(env_cfg, seed)"
+    with _blaming(env_cfg.name, what):
+        expert = make(env_cfg, seed)
+    return _whole(env_cfg.name, what, expert, Expert, "reset", "step")
 
 
 def make_teacher(env_cfg: EnvConfig, task: Task) -> StepTeacher:
     """Make the environment's teacher of one task's episode."""
     check_teacher(env_cfg)
-    return load(env_cfg.name).make_teacher(env_cfg, task)
+    what = "make_teacher(env_cfg, task)"
+    with _blaming(env_cfg.name, what):
+        teacher = load(env_cfg.name).make_teacher(env_cfg, task)
+    return _whole(env_cfg.name, what, teacher, StepTeacher, "judge", "best_action")
 
 
 def check_teacher(env_cfg: EnvConfig) -> None:
@@ -190,13 +235,52 @@ def check_teacher(env_cfg: EnvConfig) -> None:
 
 
 def make_pool(env_cfg: EnvConfig, size: int) -> list[Environment]:
-    """Make the environments to play in at once. Raises ConfigError if make() gives something else."""
-    pool = [load(env_cfg.name).make(env_cfg) for _ in range(size)]
-    for env in pool[:1]:
-        if missing := [one for one in ("reset", "step", "restart", "threaded") if not hasattr(env, one)]:
-            lacks = f"{type(env).__name__}, which lacks {', '.join(missing)} (see envs.Environment)"
-            raise ConfigError(f"the environment {env_cfg.name}'s make(env_cfg) gives a {lacks}")
-    return pool
+    """Make the environments to play in at once. Raises ConfigError if make() fails, or gives something else."""
+    what = "make(env_cfg)"
+    with _blaming(env_cfg.name, what):
+        pool = [load(env_cfg.name).make(env_cfg) for _ in range(size)]
+    return [_whole(env_cfg.name, what, env, Environment, "reset", "step", "restart", "threaded") for env in pool]
+
+
+def _whole(name: str, what: str, made: Any, protocol: type, *needed: str) -> Any:
+    """Return what an environment has made. Raises ConfigError if it lacks something of the protocol."""
+    if missing := [one for one in needed if not hasattr(made, one)]:
+        lacks = f"{type(made).__name__}, which lacks {', '.join(missing)} (see envs.{protocol.__name__})"
+        raise ConfigError(f"the environment {name}'s {what} gives a {lacks}")
+    return made
+
+
+def check_reset(env_cfg: EnvConfig, found: Sequence[Task]) -> None:
+    """Begin an episode of the first of these tasks, or where that fails of two others, and reply without an action.
+
+    Raises ConfigError, with the environment's own words, if all fail: a run would end without an episode.
+    """
+    failures = []
+    for task in {task.id: task for task in (found[0], found[len(found) // 2], found[-1])}.values():
+        (env,) = make_pool(env_cfg, 1)
+        try:
+            with _blaming(env_cfg.name, f"reset(), for instance of task {task.id},"):
+                answer = env.reset(task)
+            if check_observation(env_cfg.name, answer).done:
+                raise ConfigError(f"the environment {env_cfg.name} begins task {task.id} as one that is done")
+            with _blaming(env_cfg.name, "step(''), which a reply without an action comes to,"):
+                answer = env.step("")
+            check_observation(env_cfg.name, answer)
+            return
+        except ConfigError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def check_observation(name: str, answer: Observation) -> Observation:
+    """Return what an environment answered. Raises ConfigError if it is no Observation, or has wrong types."""
+    for key, (kind, wanted) in OBSERVED.items():
+        if not hasattr(answer, key):
+            raise ConfigError(f"the environment {name} gives {answer!r:.80}, not an envs.Observation")
+        value = getattr(answer, key)
+        if not isinstance(value, kind) or (kind is TEXTS and not all(isinstance(one, str) for one in value)):
+            raise ConfigError(f"the environment {name} gives an Observation with {key}={value!r:.80}, not {wanted}")
+    return answer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,7 +314,7 @@ def tasks(env_cfg: EnvConfig, level: str, phase: str) -> list[Task]:
         raise ValueError(f"no tasks for level {level!r}, phase {phase!r}")
     types = held_out_types(env_cfg) if level == "L2" and phase == "eval" else trained_types(env_cfg, level)
     split = "train" if phase == "train" else SPLITS[level]
-    found = [task for task in load(env_cfg.name).tasks(env_cfg, split) if task.type in types]
+    found = [task for task in _listed(env_cfg, split) if task.type in types]
     assert not (phase == "train" and level == "L2" and {task.type for task in found} & set(held_out_types(env_cfg)))
     if not found:
         where = f" in {env_cfg.data}" if env_cfg.data else ""
@@ -241,6 +325,20 @@ def tasks(env_cfg: EnvConfig, level: str, phase: str) -> list[Task]:
     return found
 
 
+def _listed(env_cfg: EnvConfig, split: str) -> list[Task]:
+    """List what an environment lists as a split. Raises ConfigError if that fails, or gives something else."""
+    env, keys = load(env_cfg.name), [field.name for field in fields(Task)]
+    with _blaming(env_cfg.name, f"tasks(env_cfg, {split!r})"):
+        listed = list(env.tasks(env_cfg, split))
+    for task in listed:
+        if not is_dataclass(task) or not all(isinstance(getattr(task, key, None), str) for key in keys):
+            raise ConfigError(f"the environment {env_cfg.name} lists {task!r:.80} in split {split!r}, not an envs.Task")
+        if task.type not in env.TASK_TYPES:
+            wrong = f"{task.type!r}, which TASK_TYPES has not{nearest(task.type, env.TASK_TYPES)}"
+            raise ConfigError(f"the environment {env_cfg.name} lists task {task.id} of type {wrong}")
+    return listed
+
+
 def check(env_cfg: EnvConfig) -> None:
     """Check an environment's options against its module. Raises ConfigError."""
     env = load(env_cfg.name)
@@ -249,7 +347,8 @@ def check(env_cfg: EnvConfig) -> None:
             if one not in env.TASK_TYPES:
                 raise ConfigError(f"env.{key}: unknown task type {one!r}{nearest(one, env.TASK_TYPES)}")
     if hasattr(env, "check"):
-        env.check(env_cfg)
+        with _blaming(env_cfg.name, "check(env_cfg)"):
+            env.check(env_cfg)
 
 
 def lineage(checkpoint: str | Path) -> dict[str, str]:
@@ -329,11 +428,12 @@ def main() -> None:
     command.add_argument("--data", default="", help="folder of the environment's data (env.data)")
     command.add_argument("--task", type=int, default=0, help="which task of L0's evaluation list to play")
     arguments = command.parse_args()
+    data = expand_path(arguments.data, "--data")
     if arguments.splits or arguments.gold:
-        chosen = [EnvConfig(name=name, data=arguments.data) for name in ([arguments.env] if arguments.env else names())]
+        chosen = [EnvConfig(name=name, data=data) for name in ([arguments.env] if arguments.env else names())]
         print("\n".join(tables(chosen, arguments.gold)))
     if arguments.play:
-        env_cfg = EnvConfig(name=arguments.play, data=arguments.data)
+        env_cfg = EnvConfig(name=arguments.play, data=data)
         found = tasks(env_cfg, "L0", "eval")
         if not 0 <= arguments.task < len(found):
             raise ConfigError(f"--task {arguments.task}: there are tasks 0 to {len(found) - 1}")

@@ -9,18 +9,20 @@ Every game of a level's fixed list is played once per sampling seed; the rate co
 over games: plays of one game are alike, and count for less than as many plays of different ones.  Success is strict.
 L2 of a run that was trained on L2's task types is marked as such: they are not new to it.
 A checkpoint's guidelines are part of it: its evaluation prompts carry them.  On a GPU vLLM is alone, and may have most
-of it: --set rollout.gpu_memory_utilization=0.9.  Writes eval.json and eval_episodes.jsonl to the run's folder (or
---out).  Departure from published code, which draws games with replacement and others at each validation: the list is
-whole and fixed.
+of it: --set rollout.gpu_memory_utilization=0.9.  Writes eval_CHECKPOINT.json and the episodes to the run's folder (or
+--out), and replaces none that is there.  Departure from published code, which draws games with replacement and others
+at each validation: the list is whole and fixed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gzip
 import json
 import math
 import random
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -38,6 +40,7 @@ from distributed import all_gather_objects, init_distributed
 from engine import Engine, make_engine
 from logger import repeats
 from model import load_model
+from model_files import check_path
 from rollout import Episode, play
 
 EVALUATION = -1  # takes the iteration's place in sampling seeds, so they differ from training's
@@ -53,47 +56,67 @@ def main() -> None:
     command.add_argument("--games", type=int, help="only N games of each level, always the same")
     command.add_argument("--seeds", type=int, help="sampling seeds per game")
     command.add_argument("--temperature", type=float)
-    command.add_argument("--out", type=Path, help="folder for eval.json; default: the run's, or runs/eval_<model>")
-    command.add_argument("--table", nargs="+", type=Path, metavar="RUN", help="print the eval.json of several runs")
+    command.add_argument("--out", type=Path, help="folder to write to; default: the run's, or runs/eval_<model>")
+    command.add_argument("--table", nargs="+", type=Path, metavar="RUN", help="print the newest of several runs")
     arguments = command.parse_args()
     if arguments.table:
         distinct = len({folder.name for folder in arguments.table}) == len(arguments.table)
         return print(table({folder.name if distinct else str(folder): _read(folder) for folder in arguments.table}))
     if not arguments.ckpt:
         command.error("--ckpt or --table is needed")
-    run = configuration.run_folder(arguments.ckpt)
+    ckpt = configuration.expand_path(arguments.ckpt, "--ckpt")
+    check_path(ckpt)
+    run = configuration.run_folder(ckpt)
     config = _config(arguments, run)
-    out = arguments.out or run or Path("runs") / f"eval_{Path(arguments.ckpt).name}"
-
-    envs.check(config.env)
-    for level in config.eval.levels:
-        evaluation_tasks(config, level)  # what is missing fails before the model is loaded
+    file = preflight(config, ckpt, arguments.out or run or Path("runs") / f"eval_{Path(ckpt).name}")
     rank, _ = init_distributed(config)
-    policy = load_model(config, path=arguments.ckpt, train=False)
-    guidelines_file = Path(arguments.ckpt) / "guidelines.json"
+    policy = load_model(config, path=ckpt, train=False)
+    guidelines_file = Path(ckpt) / "guidelines.json"
     guidelines = json.loads(guidelines_file.read_text()) if guidelines_file.is_file() else []
     engine = make_engine(config, policy, keep_model=False)
     started = time.monotonic()
     results, episodes = evaluate_levels(engine, config, guidelines)
     if "L2" in results:  # a run that was trained on held-out types is marked: they are not new to it
         held_out = envs.held_out_types(config.env)
-        results["L2"]["trained_on"] = sorted(envs.lineage(arguments.ckpt).keys() & held_out)
+        results["L2"]["trained_on"] = sorted(envs.lineage(ckpt).keys() & held_out)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         record = {
-            "checkpoint": arguments.ckpt,
+            "checkpoint": ckpt,
             "seconds": time.monotonic() - started,
             "guidelines": guidelines,
             "temperature": config.eval.temperature,
             "seeds": config.eval.seeds,
             "levels": results,
         }
-        (out / "eval.json").write_text(json.dumps(record, indent=1))
-        with (out / "eval_episodes.jsonl").open("w") as file:
-            file.writelines(json.dumps(episode.to_json()) + "\n" for episode in episodes)
-        print(table({out.name: record}, by_type=True))
-        print(f"{out / 'eval.json'}", flush=True)
+        print(table({file.parent.name: record}, by_type=True), flush=True)  # first: a disk may be full
+        file.write_text(json.dumps(record, indent=1))
+        with gzip.open(file.with_name(f"{file.stem}_episodes.jsonl.gz"), "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(episode.to_json()) + "\n" for episode in episodes)
+        print(file, flush=True)
     engine.close()
+
+
+def preflight(config: Config, ckpt: str, out: Path) -> Path:
+    """Check what would stop the evaluation later, before the model is loaded; return the file to write. Raises
+    ConfigError, also where that checkpoint has been evaluated before."""
+    envs.check(config.env)
+    for level in config.eval.levels:
+        envs.check_reset(config.env, evaluation_tasks(config, level))
+    file = out / f"eval_{Path(ckpt).resolve().name if Path(ckpt).is_dir() else Path(ckpt).name}.json"
+    if file.exists():
+        raise ConfigError(f"{file} is there already: say --out FOLDER for another one, or delete it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror or error}; say --out FOLDER") from None
+    return file
+
+
+def newest_evaluation(folder: Path) -> Path | None:
+    """Find the evaluation of a run's newest checkpoint: of `final`, or of the highest number."""
+    found = [file for file in folder.glob("eval_*.json") if not file.is_dir()]
+    return max(found, key=lambda file: file.name, default=None)
 
 
 def evaluation_tasks(config: Config, level: str) -> list[envs.Task]:
@@ -239,10 +262,10 @@ def _config(arguments: argparse.Namespace, run: Path | None) -> Config:
 
 
 def _read(folder: Path) -> dict:
-    path = folder / "eval.json"
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist: run evaluate.py on a checkpoint of that run first")
-    return json.loads(path.read_text())
+    file = newest_evaluation(folder)
+    if file is None:
+        raise ConfigError(f"{folder} has no eval_*.json: run evaluate.py on a checkpoint of that run first")
+    return json.loads(file.read_text())
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import prompts
 from checkpoint import TrainState
 from config import Config, EnvConfig, GuidelinesConfig, JudgeConfig
 from distributed import all_gather_objects, sum_dicts
-from engine import Engine, SamplingParams, is_truncated, stable_seed
+from engine import Engine, SamplingParams, stable_seed
 from packing import Sample
 from rollout import Episode, Step
 from samples import make_sample
@@ -182,7 +182,7 @@ def ask(engine: Engine, questions: Sequence[Question], config: Config, iteration
     """
     asked, prompt_ids, params = [], [], []
     for number, question in enumerate(questions, first):
-        ids = engine.policy.encode(question.prompt)
+        ids = engine.policy.chat.encode(question.prompt)
         if len(ids) > config.judge.max_prompt_tokens:
             continue
         for member in range(config.judge.group_size):
@@ -192,7 +192,7 @@ def ask(engine: Engine, questions: Sequence[Question], config: Config, iteration
             params.append(SamplingParams(config.rollout.temperature, config.judge.max_response_tokens, seed))
     completions = engine.generate(prompt_ids, params)
     for question, ids, completion in zip(asked, prompt_ids, completions, strict=True):
-        response = engine.policy.decode(completion.ids)
+        response = engine.policy.chat.reply(completion.ids)
         critique = prompts.parse_critique(response)
         question.critiques.append(critique)
         question.answers.append(
@@ -208,7 +208,7 @@ def ask(engine: Engine, questions: Sequence[Question], config: Config, iteration
                 available=True,
                 reward=judge_reward(critique, question.label),
                 tag="judge",
-                truncated=is_truncated(engine.policy, completion),
+                truncated=not engine.policy.chat.is_over(completion.ids),
             )
         )
 
@@ -331,10 +331,10 @@ def guideline_writer(
         return lambda requests: [(answers or [""])[0] for answers in teacher.ask(requests)]  # "" where none came
 
     def write(requests: list[str]) -> list[str]:
-        ids = [engine.policy.encode(text)[-config.judge.max_prompt_tokens :] for text in requests]
+        ids = [engine.policy.chat.encode(text)[-config.judge.max_prompt_tokens :] for text in requests]
         seeds = [stable_seed(config.seed, iteration, number, -2) for number in range(len(ids))]
         limits = (config.rollout.temperature, config.judge.max_response_tokens)
         completions = engine.generate(ids, [SamplingParams(*limits, seed) for seed in seeds])
-        return [engine.policy.decode(completion.ids) for completion in completions]
+        return [engine.policy.chat.reply(completion.ids) for completion in completions]
 
     return write if writer == "policy" else None

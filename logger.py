@@ -9,6 +9,7 @@ same action, as in GiGPO's anchor states.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -40,7 +41,7 @@ OOM_HINTS = {  # by phase: what to lower where a GPU's memory does not suffice
     "collect": "rollout.gpu_memory_utilization",
     "judge": "rollout.gpu_memory_utilization",
     "sleep": "rollout.gpu_memory_utilization",
-    "nthr": "rollout.group_size or rollout.max_response_tokens",
+    "nthr": "train.tokens_per_micro_batch",
     "score": "train.tokens_per_micro_batch",
     "coupling": "train.coupling_samples",
     "update": "train.tokens_per_micro_batch (or set model.gradient_checkpointing=true, train.optimizer=adamw8bit)",
@@ -219,10 +220,7 @@ class Logger:
             return
         save_run_info(config)
         self.metrics = self.folder / "metrics.jsonl"
-        kept = self.metrics.read_text().splitlines() if state.iteration and self.metrics.is_file() else []
-        rewritten = self.metrics.with_suffix(".partial")
-        rewritten.write_text("".join(f"{line}\n" for line in kept if _iteration(line) < state.iteration))
-        rewritten.replace(self.metrics)
+        drop_later(self.metrics, "iteration", state.iteration)
         (self.folder / "episodes").mkdir(exist_ok=True)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.iteration)
         self.wandb = None
@@ -256,11 +254,14 @@ class Logger:
         if self.wandb:
             self.wandb.log(metrics, step=iteration)
         if iteration % self.config.train.episodes_every == 0:
-            with (self.folder / "episodes" / f"{iteration:06d}.jsonl").open("w") as file:
+            whole = self.folder / "episodes" / f"{iteration:06d}.jsonl.gz"
+            partial = whole.with_suffix(".partial")
+            with gzip.open(partial, "wt", compresslevel=6, encoding="utf-8") as file:
                 for number, episode in enumerate(episodes):  # two with their tokens, to see what was trained on
                     file.write(json.dumps(episode.to_json(tokens=number < 2)) + "\n")
                 last = {"questions": [question.to_json() for question in questions], "guidelines": list(guidelines)}
                 file.write(json.dumps(last) + "\n")
+            partial.replace(whole)
         judged = f"  judge {metrics['judge/balanced_accuracy']:.2f}" if "judge/balanced_accuracy" in metrics else ""
         evaluated = "".join(f"  {key[5:]} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/"))
         print(
@@ -275,10 +276,18 @@ class Logger:
         )
 
 
-def _iteration(line: str) -> float:
-    """Read the iteration of a line of metrics.jsonl; infinity for one that was torn by the end of its process."""
+def drop_later(metrics: Path, key: str, end: int) -> None:
+    """Drop the lines of metrics.jsonl whose `key` is `end` or more, and torn ones: they are made again."""
+    kept = metrics.read_text().splitlines() if end and metrics.is_file() else []
+    rewritten = metrics.with_suffix(".partial")
+    rewritten.write_text("".join(f"{line}\n" for line in kept if _number(line, key) < end))
+    rewritten.replace(metrics)
+
+
+def _number(line: str, key: str) -> float:
+    """Read a number of a line of metrics.jsonl; infinity for one that was torn by the end of its process."""
     try:
-        return json.loads(line)["iteration"]
+        return json.loads(line)[key]
     except (ValueError, KeyError, TypeError):
         return math.inf
 
@@ -293,8 +302,8 @@ def save_bad_samples(
             for sample in (sample for share in mini_batch for sample in share):
                 fields = {
                     "is_critique": sample.is_critique,
-                    "prompt": model.tokenizer.decode(sample.prompt_ids),
-                    "response": model.tokenizer.decode(sample.response_ids),
+                    "prompt": model.chat.tokenizer.decode(sample.prompt_ids),
+                    "response": model.chat.tokenizer.decode(sample.response_ids),
                     "advantage": np.asarray(sample.advantage).tolist(),
                 }
                 for name in ("engine_logprobs", "old_logprobs", "ref_logprobs", "values"):

@@ -1,4 +1,4 @@
-"""A language model: load it and its tokenizer, whole or with an adapter; log-probs of samples; weights for the engine.
+"""A language model: load it, whole or with an adapter; log-probs of samples; weights for the engine.
 
 Log-probs are computed on response tokens only: the backbone runs over the whole sample, the lm_head on the positions
 that predict a response token, in chunks that are recomputed in the backward pass, so that no [tokens, vocabulary]
@@ -11,11 +11,9 @@ frozen in the dtype computed in (lora) or in 4 bits (qlora).
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,20 +22,14 @@ import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 import attention
 import config as configuration
 from attention import LineMask
+from chat import ChatFormat
 from config import Config, ConfigError
 from distributed import (
     FsdpRoot,
@@ -48,18 +40,27 @@ from distributed import (
     unsharded,
     unsharded_forward,
 )
+from model_files import (
+    adapter_config,
+    base_of,
+    check_model_folder,
+    is_adapter,
+    load_tokenizer,
+    one_line,
+    place_in_project,
+    valid_generation_config,
+)
 from packing import MicroBatch, Packing, Sample, lay_out, micro_batches
 
 hf_logging.disable_progress_bar()
 
 ENTROPY_BLOCK = 2**21  # log-probs that are turned into entropies at the same time: they stay in a processor's cache
 LOGIT_CHUNK = 2048  # response tokens whose logits exist at the same time
-PROBE = "Your task is to: put two soapbar in cabinet 12.\n<think>Need it.</think><action>go to toilet 1</action>"
 
 
 @dataclass
 class LanguageModel:
-    """A model with its tokenizer, on its device.
+    """A model with its chat format, on its device.
 
     `dtype` is what it computes in, under autocast; `packing` how samples are laid out for it. `base`: the folder or hub
     id that has its config.json; with an adapter that of the model under it. `fsdp_root`: None where each rank has all
@@ -67,7 +68,7 @@ class LanguageModel:
     """
 
     model: torch.nn.Module | None
-    tokenizer: Any
+    chat: ChatFormat
     device: torch.device
     dtype: torch.dtype = torch.float32
     packing: Packing = "padded"
@@ -83,37 +84,76 @@ class LanguageModel:
         """Return the context of every forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def encode(self, text: str) -> list[int]:
-        """Turn a prompt into token ids: one user message in the model's chat format, up to where the reply begins."""
-        chat = [{"role": "user", "content": text}]
-        chat_text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(chat_text, add_special_tokens=False)["input_ids"]
-
-    def encode_reply(self, text: str) -> list[int]:
-        """Turn a reply into token ids, closed by the end-of-turn token; for supervised samples alone."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Turn sampled ids into text, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
 
 def load_model(config: Config, path: str = "", train: bool = True, shard: bool = False) -> LanguageModel:
     """Load the model of `path` (default: config.model.path), in evaluation mode.
 
     `path` is a Hugging Face id or folder, or that of an adapter, which with model.tune=full becomes part of the
     weights. Without `train` it is frozen, in the dtype it computes in, and whole on every rank unless `shard`, which
-    shards it where the policy is. Raises ConfigError if it cannot be found.
+    shards it where the policy is. Raises ConfigError if it cannot be found, or is not read whole.
     """
     path = path or config.model.path
-    check_model_path(path)
-    adapter, base = path if is_adapter(path) else "", base_of(path)
+    check_model_folder(config, path)
+    base = base_of(path, config)
+    model, _ = read_weights(AutoModelForCausalLM, base, loading_options(config, train))
+    ends = None
+    if model.generation_config is not None:
+        model.generation_config = valid_generation_config(model.generation_config, base)
+        ends = model.generation_config.eos_token_id
+    tokenizer = load_tokenizer(path, config)
+    chat = ChatFormat(tokenizer, config.model.thinking, [ends] if isinstance(ends, int) else ends or ())
+    return place_on_device(config, model, chat, base, path if is_adapter(path) else "", train, shard=shard)
+
+
+def read_weights(
+    kind: Any, base: str, options: dict[str, Any], new: str = " ", unread: str = " "
+) -> tuple[torch.nn.Module, list[str]]:
+    """Load a model's weights: every one of the files', into every one of the model's; and the names of new ones.
+
+    `new` begins the names that the files may lack, `unread` those that the model may. Raises ConfigError: weights that
+    are missing would be random, and those that are not read belong to another model.
+    """
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # it would tell of the same in a table
     try:
-        tokenizer = load_tokenizer(path)
-        model = AutoModelForCausalLM.from_pretrained(base, **loading_options(config, train))
-    except (OSError, SafetensorError) as error:  # for instance a hub id without a network, or half a file
-        raise ConfigError(f"no model at {base}: {' '.join(str(error).split())}") from None
-    return place_on_device(config, model, tokenizer, base, adapter, train, shard=shard)
+        model, report = kind.from_pretrained(base, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # a hub id without a network, other shapes
+        raise ConfigError(f"no model at {base}: {one_line(error)}") from None
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(new))
+    unexpected = sorted(name for name in report["unexpected_keys"] if not name.startswith(unread))
+    if missing:
+        also = f"; it has {unexpected[0]}, ... instead" if unexpected else ""
+        cure = ": is tie_word_embeddings in config.json wrong?" if missing == ["lm_head.weight"] else also
+        raise ConfigError(f"{base} lacks {_some(missing)} of its model's weights, which would be random{cure}")
+    if unexpected:
+        raise ConfigError(
+            f"{base} has weights that its model does not read: {_some(unexpected)}; is config.json its own?"
+        )
+    check_tied_head(model, base)
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise ConfigError(f"{base}: {name} has values that are not finite")
+    return model, sorted(set(report["missing_keys"]) - set(missing))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + f" and {len(names) - 2} more" * (len(names) > 2)
+
+
+def check_tied_head(model: torch.nn.Module, base: str) -> None:
+    """Check that a head which is said to be the embedding is it: an engine would believe it. Raises ConfigError."""
+    head = model.get_output_embeddings()
+    if not model.config.get_text_config().tie_word_embeddings or head is None:
+        return
+    if head.weight is not model.get_input_embeddings().weight:
+        raise ConfigError(
+            f"{base} has an lm_head of its own, and its config.json says tie_word_embeddings=true: set it to false, or "
+            "take lm_head.weight out of the file"
+        )
 
 
 def load_reference(config: Config, policy: LanguageModel) -> LanguageModel | None:
@@ -158,24 +198,6 @@ def as_reference(reference: LanguageModel, policy: LanguageModel) -> Iterator[La
     else:
         with policy.model.disable_adapter():
             yield policy
-
-
-def is_adapter(path: str) -> bool:
-    """Tell whether a folder holds an adapter, as peft saves it, and not a whole model."""
-    return (Path(path) / "adapter_config.json").is_file()
-
-
-def base_of(path: str) -> str:
-    """Find the folder or hub id of the whole model that `path` is, or is an adapter of.
-
-    Folders are resolved, for `latest` will point elsewhere. Raises ConfigError where it is gone.
-    """
-    base = path
-    if is_adapter(path):
-        base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    if base != path:
-        check_model_path(base)
-    return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -229,7 +251,7 @@ def choose_packing(config: Config, model: PreTrainedModel) -> Packing:
 def place_on_device(
     config: Config,
     model: torch.nn.Module,
-    tokenizer: Any,
+    chat: ChatFormat | None,
     base: str = "",
     adapter: str = "",
     train: bool = True,
@@ -244,7 +266,7 @@ def place_on_device(
     if tune != "full" or adapter:
         model = _add_adapter(config, model, base, adapter, task)
     if tune == "full" and adapter:
-        model = model.merge_and_unload()
+        model = merged(model, adapter).requires_grad_(train)
     for layer in model.modules():  # no dropout: the ratio to the old policy would be of two different networks
         if hasattr(layer, "attention_dropout"):
             layer.attention_dropout = 0.0
@@ -255,7 +277,7 @@ def place_on_device(
             layer.support_avx512bf16_for_cpu = False
     if not train:
         model.requires_grad_(False)
-    loaded = LanguageModel(model.eval(), tokenizer, device, compute_dtype(config), packing, base)
+    loaded = LanguageModel(model.eval(), chat, device, compute_dtype(config), packing, base)
     if use_fsdp(config) and (train or shard):
         values = [loaded.inner.score] if task == "TOKEN_CLS" else []  # computed in float32
         loaded.fsdp_root = apply_fsdp(model, loaded.inner.base_model.layers, values, device, loaded.dtype)
@@ -265,64 +287,60 @@ def place_on_device(
 
 
 def _add_adapter(config: Config, model: torch.nn.Module, base: str, adapter: str, task: str) -> PeftModel:
-    """Add a LoRA adapter on all linear layers: a new one, or that of the folder `adapter`."""
-    sizes = {"r": config.model.lora_rank, "lora_alpha": config.model.lora_alpha}
+    """Add an adapter: that of the folder `adapter`, by its own config, or a new LoRA on all linear layers."""
     if adapter:
-        made = json.loads((Path(adapter) / "adapter_config.json").read_text())
-        found = {key: made[key] for key in sizes}
-        if config.model.tune != "full" and found != sizes:
-            raise ConfigError(
-                f"the adapter {adapter} has rank {found['r']} and alpha {found['lora_alpha']}: "
-                "set model.lora_rank and model.lora_alpha to these"
-            )
-        sizes = found
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # the same on every rank
-        # peft counts a value head among all linear layers, but saves it whole: it cannot be both
-        wanted = {"target_modules": "all-linear", "exclude_modules": ["score"] if task == "TOKEN_CLS" else None}
-        adapted = get_peft_model(model, LoraConfig(**sizes, **wanted, task_type=task))
-    adapted.peft_config["default"].base_model_name_or_path = base
-    if adapter:
-        report = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu"))
-        if report.unexpected_keys:
-            raise ConfigError(f"the adapter {adapter} does not fit {base}: it has {report.unexpected_keys[0]}, ...")
+        made = adapter_config(adapter)
+        made.task_type = task
+    else:
+        made = LoraConfig(
+            r=config.model.lora_rank,
+            lora_alpha=config.model.lora_alpha,
+            target_modules="all-linear",
+            # peft counts a value head among all linear layers, but saves it whole: it cannot be both
+            exclude_modules=["score"] if task == "TOKEN_CLS" else None,
+            task_type=task,
+        )
+    made.inference_mode, made.base_model_name_or_path = False, None  # peft would warn of its own name for the base
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # the same on every rank
+            adapted = get_peft_model(model, made)
+        report = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu")) if adapter else None
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"the adapter {adapter} does not fit {base}: {one_line(error)}") from None
+    adapted.peft_config["default"].base_model_name_or_path = place_in_project(base)
+    if report:
+        own = [name for name in adapted.state_dict() if ".default" in name and "lora_" in name]
+        lacking = [name for name in report.missing_keys if name in own]
+        if odd := [*report.unexpected_keys, *lacking]:
+            raise ConfigError(f"the adapter {adapter} does not fit {base}: {odd[0]} is not in both of them")
+    if config.model.tune != "full":
+        check_adapted_layers(adapted, adapter)
     return adapted
 
 
-def check_model_path(path: str) -> None:
-    """Check that a local model folder is whole. Raises ConfigError; a hub id ("owner/name") passes."""
-    folder = Path(path)
-    if folder.is_dir():
-        for needed in ("adapter_config.json" if is_adapter(path) else "config.json", "tokenizer.json"):
-            if not (folder / needed).is_file():
-                raise ConfigError(f"{path} is not a model folder: it has no {needed}")
-        if not any(folder.glob("*.safetensors")):
-            raise ConfigError(f"{path} is not a model folder: it has no *.safetensors weights")
-    elif path.count("/") != 1 or path.startswith((".", "/", "runs/", "assets/")):
-        raise ConfigError(f"no model at {path}: the folder does not exist, and it is not a hub id either")
+def merged(adapted: PeftModel, adapter: str) -> torch.nn.Module:
+    """Make an adapter of any kind part of the weights. Raises ConfigError for those that peft cannot merge."""
+    try:
+        model = adapted.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        kind = adapted.peft_config["default"].peft_type
+        raise ConfigError(f"the adapter {adapter}, of the kind {kind}, cannot be merged: {one_line(error)}") from None
+    check_tied_head(model, adapter)
+    return model
 
 
-def load_tokenizer(path: str) -> Any:
-    """Load the tokenizer exactly as tokenizer.json describes it.
-
-    transformers' AutoTokenizer silently replaces a custom pre-tokenizer by Qwen's wherever config.json says "qwen2", so
-    folders that name the generic class are read by it, and every folder is checked against the `tokenizers` library.
-    """
-    folder = Path(path)
-    own = False
-    if (folder / "tokenizer_config.json").is_file():
-        tokenizer_class = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
-        own = tokenizer_class in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    tokenizer = (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path)
-    if folder.is_dir():
-        expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROBE, add_special_tokens=False).ids
-        found = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-        if found != expected:
+def check_adapted_layers(adapted: PeftModel, adapter: str) -> None:
+    """Check that `named_weights` can add the adapter into what it adapts. Raises ConfigError."""
+    base = adapted.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    tied = base.config.get_text_config().tie_word_embeddings
+    for name, layer in adapted.named_modules():
+        if isinstance(layer, LoraLayer) and ("default" not in layer.lora_A or (tied and layer in ends)):
+            why = "is the embedding at once" if tied and layer in ends else "is no linear layer"
             raise ConfigError(
-                f"{path}: transformers reads the tokenizer as {len(found)} tokens, tokenizer.json as "
-                f"{len(expected)}, for the same text; the model would see garbage"
+                f"the adapter {adapter} adapts {name}, which {why}: merge it into its base with peft first"
             )
-    return tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -483,4 +501,5 @@ def _merge(layer: LoraLayer) -> torch.Tensor:
 
         weight = dequantize_4bit(weight.data, weight.quant_state)
     down, up = (full_tensor(matrix["default"].weight).float() for matrix in (layer.lora_A, layer.lora_B))
-    return full_tensor(weight).float() + (up @ down) * layer.scaling["default"]
+    change = (up @ down) * layer.scaling["default"]
+    return full_tensor(weight).float() + (change.T if layer.fan_in_fan_out else change)

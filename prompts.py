@@ -296,7 +296,8 @@ def parse_thoughts(text: str, actions: Sequence[str], style: str) -> list[str] |
 
 
 def parse_reply(text: str, style: str = "think", env: str = "") -> Reply:
-    """Read a reply of the policy: valid iff one reasoning block of the style, then one non-empty action, no more.
+    """Read a reply of the policy: valid iff one reasoning block of the style, in "rlvmr" not an empty one, then one
+    non-empty action, no more.
 
     Tags may be in any case; a CJK ideograph anywhere makes the reply invalid. The action of an invalid reply is its
     first action block if it has one, else empty (which every environment answers with its "nothing happens"); its tag
@@ -309,8 +310,9 @@ def parse_reply(text: str, style: str = "think", env: str = "") -> Reply:
     action = " ".join(blocks.get("action", [""])[0].split())
     action = action.lower() if not env or envs.load(env).PROMPT.lower_case else action
     tag = tags[0] if tags and tags[0] in REASONING[style] else "none"
-    valid = tags == [tag, f"/{tag}", "action", "/action"] and bool(action) and not _IDEOGRAPH.search(text)
     thought = blocks.get(tag, [""])[0].strip()
+    valid = tags == [tag, f"/{tag}", "action", "/action"] and bool(action) and not _IDEOGRAPH.search(text)
+    valid = valid and (style != "rlvmr" or bool(thought))
     return Reply(action=action, valid=valid, tag=tag if valid else "none", thought=thought)
 
 
@@ -333,8 +335,9 @@ def parse_guideline(text: str, max_chars: int) -> str:
 
 
 def inert(text: str) -> str:
-    """Make model output fit to stand in a prompt: it cannot spell a chat template's control tokens (<|im_end|>)."""
-    return text.replace("<|", "< |")
+    """Make model output fit to stand in a prompt: it cannot spell a chat template's control tokens (<|im_end|>, and
+    with DeepSeek's wide bars <｜User｜>)."""
+    return text.replace("<|", "< |").replace("<\uff5c", "< \uff5c")
 
 
 def plain(text: str, max_chars: int | None = None) -> str:

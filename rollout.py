@@ -27,8 +27,8 @@ import prompts
 from checkpoint import TrainState
 from config import Config
 from distributed import PreemptionSignal, progress_bar
-from engine import Completion, Engine, SamplingParams, is_truncated, stable_seed
-from envs import Environment, Observation, Task
+from engine import Completion, Engine, SamplingParams, stable_seed
+from envs import Environment, Observation, Task, check_observation
 from model import LanguageModel
 
 
@@ -69,7 +69,7 @@ class Episode:
     won_loose: bool = False  # by a looser published rule; logged, never trained on
 
     def to_json(self, tokens: bool = False) -> dict[str, Any]:
-        """Return one line of episodes/*.jsonl: all but prompts, tokens and log-probs, which `tokens` adds."""
+        """Return one line of episodes/*.jsonl.gz: all but prompts, tokens and log-probs, which `tokens` adds."""
         left_out = () if tokens else ("prompt", "prompt_ids", "response_ids", "logprobs")
         # not asdict(self), which copies the tokens one by one: seconds for an iteration
         steps = [{key: value for key, value in vars(step).items() if key not in left_out} for step in self.steps]
@@ -241,7 +241,7 @@ class EpisodeRunner:
             replies=replies,
         )
         self.prompt, self.prompt_ids = prompts.fit_prompt(
-            ctx, guidelines, policy.encode, config.rollout.max_prompt_tokens
+            ctx, guidelines, policy.chat.encode, config.rollout.max_prompt_tokens
         )
 
     def sampling_params(self, config: Config, iteration: int, temperature: float) -> SamplingParams:
@@ -251,8 +251,8 @@ class EpisodeRunner:
 
     def parse_completion(self, policy: LanguageModel, config: Config, completion: Completion) -> str:
         """Take in the model's reply; return the action that the environment is to carry out."""
-        self.completion, self.response = completion, policy.decode(completion.ids)
-        self.truncated = is_truncated(policy, completion)
+        self.completion, self.response = completion, policy.chat.reply(completion.ids)
+        self.truncated = not policy.chat.is_over(completion.ids)
         self.reply = prompts.parse_reply(self.response, config.prompt_style, config.env.name)
         return self.reply.action
 
@@ -349,7 +349,7 @@ class _Collector:
         """Take in what the environment answered to a reset or an action, and ask the model for the next reply."""
         if error := future.exception():  # an environment may die in any way
             self.retry(runner, error)
-        elif runner.observe(future.result(), self.config):
+        elif runner.observe(check_observation(self.config.env.name, future.result()), self.config):
             self.finished.append(runner.episode)
             self.on_episode(runner.episode)
             self.idle.append(runner.env)

@@ -1,7 +1,8 @@
-"""The cold start's data: an expert's episodes, and judged steps of them, as chat rows that are kept under data/sft.
+"""The cold start's data: chat rows of an expert's episodes and of judged steps.
 
-    for row in make_rows(config): ...               {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}
-    rows = read_rows(rows_file(config))             the same, made once: [{"prompt": ..., "response": ...}, ...]
+    python sft_data.py configs/quickstart_sft.yaml --out rows.jsonl     write the rows of a config
+    for row in make_rows(config): ...           {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}
+    file = rows_file(config)                    the same, kept under data/sft, for chat_rows.read_rows
 
 The environment's expert plays; what it may have thought is said in the words of the environment's TEMPLATES, or of
 Templates here: fixed forms of what can be read off the prompt, so that a model of any size can learn to fill them in.
@@ -17,23 +18,26 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
+import socket
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+import config as configuration
 import envs
 import prompts
 from config import Config, ConfigError
 from distributed import progress_bar
 from judge import expert_verdict
 from prompts import PromptContext, first_sentence
-from teacher import Teacher
+from teacher import Teacher, check_key
 
 DATA_VERSION = 8  # raise it when the code below makes other rows from the same config
 LAPS = 10  # over the tasks without a win, then the expert is taken to win none
@@ -287,22 +291,25 @@ def make_rows(
     play: Callable = expert_episode,
     judgement: Callable = expert_judgement,
     judged_rows: Callable = critique_rows,
+    judged_alone: bool = False,
 ) -> Iterator[dict]:
     """Make the chat rows of config.sft: the same, in the same order, for the same config (and teacher's answers).
 
-    First the taught steps, then, with sft.variant=generative, what `judged_rows` makes of the judged ones: those with
-    verdict 0, then as many with verdict 1. Raises ConfigError if there are too few of them.
+    First the taught steps (but for `judged_alone`), then, with sft.variant=generative, what `judged_rows` makes of the
+    judged ones: those with verdict 0, then as many with verdict 1. Raises ConfigError if there are too few of them.
     """
     judged: dict[int, list[tuple[Turn, Judged]]] = {0: [], 1: []}  # by verdict
     half = config.sft.judge_examples // 2 if config.sft.variant == "generative" else 0
     teacher = Teacher(config.judge) if config.sft.writer == "teacher" else None
     fallen_back: Counter[str] = Counter()
     for chunk in _chunks(drafts(config, play, judgement), 64 if teacher else 1):
+        if judged_alone and all(len(found) == half for found in judged.values()):
+            break
         if teacher:
             chunk, failed = _write_thoughts(teacher, chunk, config)
             fallen_back["episodes"] += failed
         for draft in chunk:
-            for index, guidelines in draft.taught:
+            for index, guidelines in () if judged_alone else draft.taught:
                 yield chat(prompts.build_prompt(draft.turns[index].ctx, guidelines), draft.turns[index].reply)
             if half and len(judged[draft.judged.verdict]) < half:
                 judged[draft.judged.verdict].append((draft.turns[draft.judged.index], draft.judged))
@@ -317,6 +324,27 @@ def make_rows(
         yield from rows
     if fallen_back.total():
         tqdm.write(f"the teacher's words could not be used, the template's are, for: {dict(+fallen_back)}")
+
+
+def make_judged_rows(config: Config) -> Iterator[dict]:
+    """Make the rows of judged steps alone, the last ones of make_rows(config): they are learned beside people's own."""
+    return make_rows(config, judged_alone=True)
+
+
+def check(config: Config) -> None:
+    """Check that what makes the rows is there: expert, teacher, words, the endpoint's key. Raises ConfigError."""
+    sft, env = config.sft, config.env.name
+    if sft.variant == "generative":
+        envs.check_teacher(config.env)
+    envs.make_expert(config.env)
+    envs.check_reset(config.env, envs.tasks(config.env, config.env.level, "train"))
+    for key, method in (("noise", "slip"), ("idle", "idle")):
+        if getattr(sft, key) and not hasattr(templates(env), method):
+            raise ConfigError(
+                f"sft.{key}={getattr(sft, key)}: the environment {env} has no TEMPLATES.{method}; set it to 0"
+            )
+    if sft.writer == "teacher":
+        check_key(config.judge)
 
 
 def _chunks(items: Iterator[Draft], size: int) -> Iterator[list[Draft]]:
@@ -390,30 +418,48 @@ def rows_file(config: Config, kind: str = "", make: Callable[[Config], Iterator[
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     path = Path("data") / "sft" / f"{made_by['kind']}-{digest}.jsonl"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("w") as file:
-            for row in progress_bar(make(config), desc="cold-start rows", unit=" rows"):
-                file.write(json.dumps(row) + "\n")
-        partial.rename(path)
+        write_rows(path, make(config))
     return path
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Read a JSONL of chat rows as {"prompt", "response"}, and "label" where a row has one.
+def write_rows(path: Path, rows: Iterable[dict]) -> int:
+    """Write rows as JSONL, all of them or nothing, and count them; other processes may write the same file at once."""
+    partial, count = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial"), 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+    try:
+        with file:
+            for row in progress_bar(rows, desc="cold-start rows", unit=" rows"):
+                file.write(json.dumps(row) + "\n")
+                count += 1
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
 
-    Raises ConfigError on a malformed line.
-    """
-    rows = []
-    with path.open() as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                user, assistant = row["messages"][-2:]
-                texts = {"prompt": user["content"], "response": assistant["content"]}
-                if not all(isinstance(text, str) for text in texts.values()):
-                    raise TypeError
-                rows.append(texts | ({"label": int(row["label"])} if "label" in row else {}))
-            except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"{path}, line {number}: not a chat row with `messages`") from None
-    return rows
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def main() -> None:
+    """Write the rows of a config to a file."""
+    command = configuration.parser(__doc__)
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSONL that is written")
+    arguments = command.parse_args()
+    config = configuration.load(arguments.config, arguments.set)
+    if arguments.out.exists():
+        raise ConfigError(f"--out {arguments.out} exists: name another file, or delete it")
+    if config.sft.data:
+        raise ConfigError(f"sft.data={config.sft.data} has its rows already: with sft.data= the expert's are written")
+    envs.check(config.env)
+    check(config)
+    count = write_rows(arguments.out, make_rows(config))
+    print(f"{arguments.out}: {count} rows, to be learned with sft.data={arguments.out} sft.variant=vanilla")
+
+
+if __name__ == "__main__":
+    configuration.fail_clearly(main)

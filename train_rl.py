@@ -48,20 +48,20 @@ from distributed import (
     progress_bar,
     sum_dicts,
 )
-from engine import check_weight_sync, make_engine, sync_weights
+from engine import check_mismatch, check_weight_sync, make_engine, sync_weights
 from evaluate import evaluate_levels, evaluation_tasks
 from logger import Logger, PhaseTimer, rollout_metrics, sample_metrics, save_bad_samples
 from model import (
     LanguageModel,
     all_logprobs,
     as_reference,
-    check_model_path,
     load_model,
     load_reference,
     token_logprobs,
     training_batches,
     use_fsdp,
 )
+from model_files import check_model_folder
 from packing import MicroBatch, Sample, split_evenly
 from rollout import Episode, Rollout, collect
 from samples import (
@@ -94,13 +94,15 @@ def train(config: Config) -> None:
     """Run the loop until train.iterations are done, or until the machine is taken away."""
     tasks = preflight(config, configuration.world_size())  # what is wrong ends the run here, in seconds
     rank, world = init_distributed(config)
-    state = checkpoint.resume(config)  # an earlier process's, or the start
+    lock = checkpoint.RunLock(config.run_dir)
+    state = checkpoint.resume(config, games=[task.id for task in tasks])  # an earlier process's, or the start
     policy, optimizer = load_policy(config, state)
     reference = load_reference(config, policy)  # None without a KL term
     ppo = baselines.PPO(config, policy, state) if config.algo.advantage == "ppo" else None
     optimizers = {"policy": optimizer} | ({"critic": ppo.optimizer} if ppo else {})
     critic = ppo.critic if ppo else None
-    checkpoint.check_disk(config, [policy, critic] if critic else [policy])
+    checkpoint.check_disk(config, [policy, critic] if critic else [policy], config.train.iterations - state.iteration)
+    checkpoint.rehearse_save(policy, config.run_dir / "checkpoints")
     engine = make_engine(config, policy)
     teacher = judge.make_api_teacher(config, engine.num_replicas, state.teacher_spent)
     # as many environments as this engine's share has episodes: more would idle
@@ -115,7 +117,7 @@ def train(config: Config) -> None:
         with timer("collect"):
             group_tasks = sample_tasks(tasks, config, iteration)
             rollout = collect(engine, env_pool, group_tasks, tasks, config, state, preemption)
-        if preemption.any_rank():  # SIGTERM: this iteration is dropped, for its update might not be done in time
+        if preemption.any_rank():  # SIGTERM, Ctrl-C: the iteration is dropped, for its update might not end in time
             break
 
         # 2. Judge (GCD): the policy is asked whether some of its steps were good; each engine draws its share of the
@@ -159,6 +161,7 @@ def train(config: Config) -> None:
             if ppo:
                 metrics |= ppo.update(samples, batches, config.train.critic_lr * factor, iteration)
             metrics |= update(policy, optimizer, batches, samples, config, config.train.lr * factor, iteration)
+        check_mismatch(metrics["mismatch/mean_abs"], policy)  # the engine's log-probs of what it sampled are ours
 
         # 6. New weights for the engine; stop if it does not run them, which a few fresh completions show
         with timer("sync"):
@@ -187,6 +190,7 @@ def train(config: Config) -> None:
     if rank == 0:
         print(f"{state.iteration} iterations done: {config.run_dir / 'checkpoints' / 'latest'}", flush=True)
     engine.close()
+    lock.release()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,7 +200,6 @@ def train(config: Config) -> None:
 def preflight(config: Config, world: int) -> list[envs.Task]:
     """Check what would stop the run later, before a model is loaded; return the training tasks. Raises ConfigError."""
     check_config(config, world)
-    check_model_path(config.model.path)
     if (config.model.tune == "qlora" or config.train.optimizer == "adamw8bit") and not find_spec("bitsandbytes"):
         raise ConfigError("model.tune=qlora and train.optimizer=adamw8bit need bitsandbytes: pip install bitsandbytes")
     if config.train.wandb and not find_spec("wandb"):
@@ -210,6 +213,8 @@ def preflight(config: Config, world: int) -> list[envs.Task]:
     tasks = envs.tasks(config.env, config.env.level, "train")
     for level in config.eval.levels if config.train.eval_every else ():
         evaluation_tasks(config, level)
+    envs.check_reset(config.env, tasks)
+    check_model_folder(config)
     return tasks
 
 

@@ -1,21 +1,24 @@
-"""Rollout throughput: the continuous collector against two lock-step loops, as ratios from one run on one machine.
+"""Rollout throughput: the continuous collector on both engines against lock-step loops, as ratios from one run.
 
     python benchmarks/rollout.py --ckpt assets/base
 
-(a) rollout.play with the vLLM engine against the loop of a simple published script: all live episodes generate as
-one left-padded batch of transformers' generate(), then all environments step.  (b) The same collector against lock-step
-on the same vLLM engine, with environments that take a random time per step (exponential, mean --delay): lock-step runs
-them in parallel threads and waits for the slowest, the collector goes on with those that have answered.
+(a) rollout.play with vLLM, where it is installed, and with the transformers engine, against the loop of a simple
+published script: all live episodes generate as one left-padded batch of transformers' generate(), then all environments
+step.  (b) The transformers engine against what it was: the same collector, but with such batches.  (c) With vLLM alone,
+rollout.play against lock-step on the same engine, with environments that take a random time per step (exponential, mean
+--delay): lock-step runs them in parallel threads and waits for the slowest, the collector goes on with those that have
+answered.
 
-Both sides of a pair play the same games at the same temperature and with as many episodes in flight, in (b) also with
-the same sampling seeds and delays.  Each run starts with an empty prefix cache.  A ratio is the collector's rate over
-lock-step's: the median of --repeats interleaved runs, [min, max].  Tokens are those sampled.
+All play the same games at the same temperature and with as many episodes in flight, in (c) also with the same sampling
+seeds and delays.  Each run starts with an empty prefix cache.  A ratio is of rates: the median of --repeats interleaved
+runs, [min, max].  Tokens are those sampled.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import random
 import statistics
@@ -25,6 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder, whose rollout.py is this file
 
@@ -43,11 +47,16 @@ from model import LanguageModel, load_model
 from rollout import Episode, EpisodeRunner, play
 
 Generate = Callable[[Sequence[Sequence[int]], Sequence[SamplingParams]], list[Completion]]
-RUNS = {  # name -> (environments are slow, compared with)
-    "transformers, lock-step": (False, ""),
-    "continuous": (False, "transformers, lock-step"),
-    "vLLM, lock-step, slow environments": (True, ""),
-    "continuous, slow environments": (True, "vLLM, lock-step, slow environments"),
+SCRIPT = "generate() in lock-step"
+BEFORE = "transformers engine, as it was"
+SLOW = "vLLM in lock-step, slow environments"
+RUNS = {  # name -> (its engine, environments are slow, compared with)
+    SCRIPT: ("", False, ()),
+    BEFORE: ("before", False, ()),
+    "transformers engine": ("transformers", False, (SCRIPT, BEFORE)),
+    "vLLM": ("vllm", False, (SCRIPT, "transformers engine")),
+    SLOW: ("vllm", True, ()),
+    "vLLM, slow environments": ("vllm", True, (SLOW,)),
 }
 
 
@@ -87,18 +96,70 @@ class Measurement:
 
 
 def padded_generate(
+    policy: LanguageModel, prompt_ids: Sequence[Sequence[int]], params: Sequence[SamplingParams], **options: Any
+) -> list[list[int]]:
+    """Send one left-padded batch through transformers' generate(), with sampling as `options` say."""
+    tokenizer, ends = policy.chat.tokenizer, sorted(policy.chat.ends)
+    batch = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(policy.device)
+    with policy.autocast():
+        output = policy.model.generate(
+            **batch, **options, max_new_tokens=params[0].max_tokens, eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    replies = output[:, batch["input_ids"].shape[1] :].tolist()
+    over = (next((at for at, token in enumerate(ids) if token in ends), len(ids)) for ids in replies)
+    return [ids[: at + 1] for ids, at in zip(replies, over, strict=True)]
+
+
+def scripts_generate(
     policy: LanguageModel, prompt_ids: Sequence[Sequence[int]], params: Sequence[SamplingParams]
 ) -> list[Completion]:
-    """Send one left-padded batch through transformers' generate(). It is spared the log-probs that vLLM returns."""
-    batch = policy.tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(policy.device)
-    end = policy.tokenizer.eos_token_id
-    output = policy.model.generate(
-        **batch, do_sample=True, temperature=params[0].temperature, top_p=1.0, top_k=0,
-        max_new_tokens=params[0].max_tokens, eos_token_id=end, pad_token_id=policy.tokenizer.pad_token_id,
-    )  # fmt: skip
-    completions = output[:, batch["input_ids"].shape[1] :].tolist()
-    completions = [ids[: ids.index(end) + 1] if end in ids else ids for ids in completions]
-    return [Completion(ids, [0.0] * len(ids)) for ids in completions]
+    """Sample as a simple script does. It is spared the log-probs that engines return."""
+    settings = dict(do_sample=True, temperature=params[0].temperature, top_p=1.0, top_k=0)
+    replies = padded_generate(policy, prompt_ids, params, **settings)
+    return [Completion(ids, [0.0] * len(ids)) for ids in replies]
+
+
+class EngineBefore(Engine):
+    """The transformers engine as it was: all that is queued is one padded batch, which generate() takes to its end.
+
+    A request's generator draws a number per token of the vocabulary (Gumbel-max).
+    """
+
+    def __init__(self, policy: LanguageModel, batch: int) -> None:
+        super().__init__(policy)
+        self.batch, self.queue = batch, []
+
+    def submit(self, key: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self.queue.append((key, prompt_ids, params))
+
+    def cancel(self, keys: Sequence[str]) -> None:
+        self.queue = [request for request in self.queue if request[0] not in keys]
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        pass
+
+    @torch.no_grad()
+    def poll(self) -> list[tuple[str, Completion]]:
+        taken, self.queue = self.queue[: self.batch], self.queue[self.batch :]
+        if not taken:
+            return []
+        keys, prompt_ids, params = zip(*taken, strict=True)
+        temperature_B1 = torch.tensor([[one.temperature] for one in params])
+        generators, logprobs = [torch.Generator().manual_seed(one.seed) for one in params], []
+
+        def choose(_: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+            logp_BV = torch.log_softmax(logits_BV.float().cpu() / temperature_B1, dim=-1)
+            uniform_BV = torch.stack([torch.rand(logp_BV.shape[1], generator=one) for one in generators])
+            noisy_BV = logp_BV - torch.log(-torch.log(uniform_BV.clamp(1e-20, 1 - 1e-7)))
+            logprobs.append(logp_BV.gather(1, noisy_BV.argmax(1, keepdim=True))[:, 0])
+            return noisy_BV.to(logits_BV.device)
+
+        replies = padded_generate(self.policy, prompt_ids, params, do_sample=False, logits_processor=[choose])
+        logp_BT = torch.stack(logprobs, 1).tolist()
+        return [
+            (key, Completion(ids, logp_T[: len(ids)])) for key, ids, logp_T in zip(keys, replies, logp_BT, strict=True)
+        ]
 
 
 def play_in_lock_step(
@@ -130,9 +191,12 @@ def _unfinished(live: Sequence[EpisodeRunner], answers: Iterable[Observation], c
     return [runner for runner, ended in zip(live, over, strict=True) if not ended]
 
 
-def measure(name: str, engine: Engine, tasks: Sequence[Task], config: Config, delay: float, repeat: int) -> Measurement:
+def measure(
+    name: str, engines: dict[str, Engine], tasks: Sequence[Task], config: Config, delay: float, repeat: int
+) -> Measurement:
     """Play all episodes once, in the way that `name` says."""
-    slow, opponent = RUNS[name]
+    kind, slow, _ = RUNS[name]
+    engine = engines[kind or "transformers"]
     group_tasks = dict(enumerate(tasks))
     env_pool = envs.make_pool(config.env, min(config.rollout.concurrency, len(tasks) * config.rollout.group_size))
     if slow:
@@ -141,29 +205,29 @@ def measure(name: str, engine: Engine, tasks: Sequence[Task], config: Config, de
     sync_weights(engine, engine.policy)  # as before every iteration of training; it also empties the prefix cache
     torch.manual_seed(stable_seed(config.seed, repeat))
     started = time.perf_counter()
-    if opponent:
-        episodes = play(engine, env_pool, group_tasks, config, iteration=repeat)
-    else:
-        generate = engine.generate if slow else lambda *batch: padded_generate(engine.policy, *batch)
+    if name in (SCRIPT, SLOW):
+        generate = engine.generate if slow else lambda *batch: scripts_generate(engine.policy, *batch)
         episodes = play_in_lock_step(generate, engine.policy, env_pool, group_tasks, config, repeat)
+    else:
+        episodes = play(engine, env_pool, group_tasks, config, iteration=repeat)
     seconds = time.perf_counter() - started
     steps = [step for episode in episodes for step in episode.steps]
     return Measurement(seconds, len(episodes), len(steps), sum(len(step.response_ids) for step in steps))
 
 
 def table(runs: dict[str, list[Measurement]]) -> str:
-    """Lay out medians of every way of playing and, under each pair, the ratios."""
+    """Lay out medians of every way of playing and, under it, its rates over those of others."""
     lines = [f"{'':<36}{'seconds':>9}{'episodes':>10}{'steps':>8}{'tokens':>9}{'episodes/s':>18}{'tokens/s':>18}"]
     for name, taken in runs.items():
         mid = Measurement(*(statistics.median(column) for column in zip(*map(dataclasses.astuple, taken), strict=True)))
         episodes_s, tokens_s = (statistics.median(rates) for rates in zip(*(one.rates for one in taken), strict=True))
         lines.append(f"{name:<36}{mid.seconds:>9.1f}{mid.episodes:>10.0f}{mid.steps:>8.0f}{mid.tokens:>9.0f}"
                      f"{episodes_s:>18.2f}{tokens_s:>18.0f}")  # fmt: skip
-        if opponent := RUNS[name][1]:
+        for opponent in RUNS[name][2]:
             pairs = zip(taken, runs[opponent], strict=True)
             ratios = [[ours / theirs for ours, theirs in zip(a.rates, b.rates, strict=True)] for a, b in pairs]
             cells = [f"{statistics.median(r):.2f} [{min(r):.2f}, {max(r):.2f}]" for r in zip(*ratios, strict=True)]
-            lines.append(f"{'  ratio':<72}{cells[0]:>18}{cells[1]:>18}")
+            lines.append(f"{'  / ' + opponent:<72}{cells[0]:>18}{cells[1]:>18}")
     return "\n".join(lines)
 
 
@@ -183,20 +247,24 @@ def main() -> None:
     found = envs.tasks(config.env, config.env.level, "train")
     tasks = random.Random(config.seed).sample(found, arguments.games)
     policy = load_model(config, path=arguments.ckpt)
-    engine = make_engine(config, policy)
+    engines: dict[str, Engine] = {"before": EngineBefore(policy, config.rollout.concurrency)}
+    for kind in ("transformers", "vllm") if importlib.util.find_spec("vllm") else ("transformers",):
+        settings = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=kind))
+        engines[kind] = make_engine(settings, policy)
+    names = [name for name, (kind, _, _) in RUNS.items() if not kind or kind in engines]
     brief = dataclasses.replace(config, env=dataclasses.replace(config.env, max_steps=2))
-    for name in RUNS:
-        measure(name, engine, tasks[:1], brief, 0.01, -1)
-    runs: dict[str, list[Measurement]] = {name: [] for name in RUNS}
+    for name in names:
+        measure(name, engines, tasks[:1], brief, 0.01, -1)
+    runs: dict[str, list[Measurement]] = {name: [] for name in names}
     for repeat in range(arguments.repeats):
-        for name in RUNS:
-            runs[name].append(measure(name, engine, tasks, config, arguments.delay, repeat))
+        for name in names:
+            runs[name].append(measure(name, engines, tasks, config, arguments.delay, repeat))
             tqdm.write(f"repeat {repeat}: {name}: {runs[name][-1]}", file=sys.stderr)
     in_flight = min(config.rollout.concurrency, len(tasks) * config.rollout.group_size)
     print(f"{arguments.ckpt} on {policy.device}, {in_flight} episodes in flight, {arguments.delay} s per slow step; "
           f"medians and ratios [min, max] of {arguments.repeats} runs; load {os.getloadavg()[0]:.1f}")  # fmt: skip
     print(table(runs), flush=True)
-    engine.close()
+    engines["vllm" if "vllm" in engines else "transformers"].close()
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def build(config: Config, shape: str) -> LanguageModel:
         model = AutoModelForCausalLM.from_config(
             Qwen2Config(**dict(zip(memory.SIZES, SHAPES[shape], strict=True))), attn_implementation="sdpa", dtype=dtype
         )
-    return place_on_device(config, model, tokenizer=None)
+    return place_on_device(config, model, None)
 
 
 def made_samples(groups: int, size: int, vocabulary: int) -> list[Sample]:

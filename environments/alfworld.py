@@ -6,23 +6,30 @@ env.data or $ALFWORLD_DATA; alfworld_engine.py plays them.  A game's id is its f
 Departures from published code: ALFWorld's `help` is not offered, as there, and also not played.  The expert is
 alfworld's own hand-coded one, with its "put" test mended for the "move" dialect, without its ceremonial first `look`
 and its actions that do nothing.  The thoughts and critiques of a cold start say what can be read off the prompt, in
-fixed forms that a model of any size can learn to fill in; the paper's come from a language model.
+fixed forms that a model of any size can learn to fill in; the paper's come from a language model.  Of a goal that a
+human wrote they say plain words.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import functools
+import importlib
+import importlib.util
 import json
 import os
 import random
 import re
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from config import ConfigError, EnvConfig
-from environments.alfworld_engine import TASK_TYPES, Game, GameState, distance, parse_game, solve
+from config import ConfigError, EnvConfig, expand_path
+from environments.alfworld_engine import TASK_TYPES, Game, GameState, distance, in_words, parse_game, read_json, solve
 from envs import Observation, Task
 from prompts import EnvPrompt, PromptContext
 
@@ -35,6 +42,8 @@ RECEPTACLE_TYPES = frozenset(  # what can be gone to, as ALFWorld names it; ever
     "stoveburner toaster toilet toiletpaperhanger towelholder tvstand".split()
 )
 PACKAGES = ("alfworld", "textworld")  # whose versions a run records
+OTHERS = "name other games (env.data, $ALFWORLD_DATA)"
+MEND = "mend it, download or make it anew, or delete its folder"
 
 PROMPT = EnvPrompt(
     opening="You are an expert agent operating in the ALFRED Embodied Environment. Your task is to: {task}\n",
@@ -56,24 +65,24 @@ PROMPT = EnvPrompt(
 def tasks(env_cfg: EnvConfig, split: str) -> list[Task]:
     """List the games of a split that ALFWorld itself would play: solvable, no movable receptacle, no slices.
 
-    Raises ConfigError if there are no games.
+    Raises ConfigError if there are no games, or broken ones.
     """
     folder = FOLDERS[split]
-    return [
-        Task("alfworld", trial.split("-")[0], f"{folder}/{trial}", split)
-        for trial, solvable in sorted(_scan(data_folder(env_cfg), folder).items())
-        if solvable and "movable" not in trial and "Sliced" not in trial and trial.split("-")[0] in TASK_TYPES
-    ]
+    found = _scan(data_folder(env_cfg), folder)
+    return [Task("alfworld", trial.split("-")[0], f"{folder}/{trial}", split) for trial in found]
 
 
 def data_folder(env_cfg: EnvConfig) -> Path:
     """Return the folder that holds json_2.1.1/: env.data, else $ALFWORLD_DATA. Raises ConfigError without both."""
-    folder = env_cfg.data or os.environ.get("ALFWORLD_DATA", "")
+    if env_cfg.data:
+        return Path(env_cfg.data)
+    folder = expand_path(os.environ.get("ALFWORLD_DATA", ""), "$ALFWORLD_DATA")
     if not folder:
         raise ConfigError(
             "no games: set $ALFWORLD_DATA (filled by `alfworld-download`) or env.data (filled by "
             "`python tools/make_games.py --out DIR ...`)"
         )
+    os.environ["ALFWORLD_DATA"] = folder  # alfworld, when it is imported, would make a folder named ~
     return Path(folder)
 
 
@@ -91,30 +100,95 @@ _parsed = functools.lru_cache(maxsize=4096)(parse_game)
 
 
 @functools.cache
-def _scan(data: Path, folder: str) -> dict[str, bool]:
-    """Map each trial of a split to whether it is solvable. Reading thousands of games takes a while: it is kept."""
+def _scan(data: Path, folder: str) -> list[str]:
+    """List a split's trials that ALFWorld itself would play. Raises ConfigError if a game is broken, or none is there.
+
+    Reading thousands of games takes a while: which are solvable is kept in an index, by their files' size and time.
+    """
     root = data / "json_2.1.1" / folder
-    trials = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/*/game.tw-pddl"))
-    if not trials:
-        raise ConfigError(
-            f"no games in {root}: fill it with `ALFWORLD_DATA={data} alfworld-download` or "
-            f"`python tools/make_games.py --out {data} ...`"
-        )
+    try:
+        games = _find_games(root) if root.is_dir() else {}
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}; mend that, or {OTHERS}") from None
+    if not games:
+        raise _no_games(data, folder)
     index = root.with_suffix(".index.json")
     try:
-        known = json.loads(index.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if not isinstance(known, dict) or sorted(known) != trials:
-        stored = {trial: json.loads((root / trial / "game.tw-pddl").read_text()) for trial in trials}
-        known = {trial: game.get("solvable", False) for trial, game in stored.items()}
+        kept = json.loads(index.read_text())
+    except (OSError, ValueError, RecursionError):
+        kept = None
+    kept = kept if isinstance(kept, dict) else {}
+    solvable, broken = {}, []
+    for trial, stamp in games.items():
+        if "movable" in trial or "Sliced" in trial or trial.split("-")[0] not in TASK_TYPES:
+            continue
+        path, known = root / trial / "game.tw-pddl", kept.get(stamp)
         try:
-            fresh = index.with_suffix(f".{os.getpid()}")
-            fresh.write_text(json.dumps(known))
+            solvable[stamp] = known if isinstance(known, bool) else _is_solvable(path)
+        except ValueError as error:
+            broken.append(f"{path}: {error}")
+    if broken:
+        others = f" ({len(broken) - 1} others are broken, too)" if len(broken) > 1 else ""
+        raise ConfigError(f"{broken[0]}; {MEND}{others}")
+    if solvable != kept:
+        fresh = index.with_suffix(f".{os.getpid()}")
+        try:
+            fresh.write_text(json.dumps(solvable))
             fresh.replace(index)
-        except OSError:
-            pass  # a read-only data folder is scanned anew each time
-    return known
+        except OSError:  # a read-only data folder is scanned anew each time
+            with contextlib.suppress(OSError):
+                fresh.unlink()
+    return [trial for trial, stamp in games.items() if solvable.get(stamp)]
+
+
+def _find_games(root: Path) -> dict[str, str]:
+    """Map the trials below a folder that have a game, in order, to their names with their file's size and time."""
+    found = {}
+    for task in os.scandir(root):
+        for trial in os.scandir(task) if task.is_dir() else ():
+            path = f"{trial.path}/game.tw-pddl"
+            if os.path.lexists(path):
+                name, file = f"{task.name}/{trial.name}", os.stat(path)
+                found[name] = f"{name} {file.st_size} {file.st_mtime_ns}"
+    return dict(sorted(found.items()))
+
+
+def _is_solvable(path: Path) -> bool:
+    """Tell whether a game can be solved, as its maker found out. Raises ValueError if nobody could play it."""
+    game = read_json(path)
+    if game.get("solvable") is not False:
+        parse_game(game)
+    return bool(game.get("solvable"))
+
+
+def _no_games(data: Path, folder: str) -> ConfigError:
+    """Make the error about a data folder without games of a split: what is meant instead, or how to fill it."""
+    root = data / "json_2.1.1" / folder
+    if file := next((one for one in (root, *root.parents) if os.path.isfile(one)), None):
+        return ConfigError(f"{file} is a file, not a folder of games: unpack it, or {OTHERS}")
+    where = f"no games in {root}" + ("" if data.is_absolute() else f" (relative to {Path.cwd()})")
+    if near := _near(data, folder):
+        return ConfigError(f"{where}; did you mean {near}?")
+    if any((data / folder).glob("*/*/game.tw-pddl")):
+        return ConfigError(f"{where}, but in {data / folder}: move that folder there")
+    target = shlex.quote(str(data))
+    return ConfigError(
+        f"{where}: fill it with `ALFWORLD_DATA={target} alfworld-download` or "
+        f"`python tools/make_games.py --out {target} ...`"
+    )
+
+
+def _near(data: Path, folder: str) -> Path | None:
+    """Find the data folder that was meant: some levels above, the only one a level below, or one of a like name."""
+    data = Path(os.path.abspath(data))
+    with contextlib.suppress(PermissionError):
+        beside = [one.name for one in data.parent.glob("*") if one != data]
+        alike = [data.with_name(name) for name in difflib.get_close_matches(data.name, beside, n=1)]
+        for places in (data.parents[:4], data.glob("*"), alike):
+            found = [one for one in places if any(one.glob(f"json_2.1.1/{folder}/*/*/game.tw-pddl"))]
+            if len(found) == 1:
+                return found[0]
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,6 +227,15 @@ def make(env_cfg: EnvConfig) -> Alfworld:
     return Alfworld(env_cfg)
 
 
+@functools.cache
+def alfworld_expert() -> ModuleType:
+    """Import alfworld's expert. Of TextWorld, which has to be compiled, it needs a base class alone: a laptop may lack
+    it."""
+    if importlib.util.find_spec("textworld") is None:
+        sys.modules["textworld"] = SimpleNamespace(Agent=object)
+    return importlib.import_module("alfworld.agents.expert")
+
+
 class AlfworldExpert:
     """alfworld's hand-coded expert: it explores as an agent must and is not told where things are.
 
@@ -166,14 +249,16 @@ class AlfworldExpert:
         self.random = random.Random(seed)
 
     def reset(self, task: Task) -> str | None:
-        """Begin an episode; the first action."""
-        from alfworld.agents.expert import HandCodedTWAgent
-
-        folder = game_path(self.env_cfg, task)
+        """Begin an episode; the first action. Raises ConfigError if the game's traj_data.json is broken."""
+        self.file = game_path(self.env_cfg, task) / "traj_data.json"  # alfworld's expert reads it, and checks nothing
         self.state = GameState(parsed_game(self.env_cfg, task))
-        self.agent = HandCodedTWAgent(max_steps=1000)
-        self.agent.reset(str(folder / "game.tw-pddl"))
-        self.agent.observe(self.state.text)
+        self.agent = alfworld_expert().HandCodedTWAgent(max_steps=1000)
+        try:
+            read_json(self.file)
+            self.agent.reset(str(self.file.with_name("game.tw-pddl")))
+        except Exception as error:  # it raises bare ones, too
+            raise ConfigError(f"{self.file}: {in_words(error)}; {MEND}") from None
+        self.agent.observe(self.state.text.partition("\n\nYour task is to: ")[0])  # a human's goal may say "you see"
         self.state.step("look")
         return self._next("look")
 
@@ -205,15 +290,15 @@ class AlfworldExpert:
 
     def _ask(self, told: dict[str, Any], last: str) -> str | None:
         """Ask alfworld's expert once; None where it gives up."""
-        from alfworld.agents.expert import HandCodedAgentTimeout
-        from alfworld.agents.expert.handcoded_expert import HandCodedAgentFailed
-
-        before = random.getstate()  # the expert draws from the global generator
+        expert = alfworld_expert()
+        before = random.getstate()  # it draws from the global generator
         random.seed(self.random.random())
         try:
             return self.agent.act(told, 0, told["won"], last)
-        except (HandCodedAgentTimeout, HandCodedAgentFailed, IndexError):  # its ways of giving up
+        except (expert.HandCodedAgentTimeout, expert.HandCodedAgentFailed, IndexError):  # its ways of giving up
             return None
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.file}: {in_words(error)}; {MEND}") from None
         finally:
             random.setstate(before)
 
@@ -234,12 +319,13 @@ class OracleTeacher:
         self.state = GameState(parsed_game(env_cfg, task))
         self.visited: set[int] = set()
         self.searched: set[int] = set()  # visited and open to the eye
+        self.left = distance(self.state)  # actions to the end
 
     def judge(self, action: str, raised: bool = False) -> int:
         """Label `action` in the current state, then carry it out. ALFWorld has no score to be raised."""
         state, game = self.state, self.state.game
         admissible = action in state.actions and action != "help"
-        before = distance(state)
+        before = self.left
         known = state.held in game.goal_objects or any(
             state.contents[place] & game.goal_objects - self._placed() for place in self.searched
         )
@@ -253,7 +339,7 @@ class OracleTeacher:
         )
         if action != "help":
             state.step(action)
-        after = distance(state)
+        after = self.left = distance(state)
         self.visited |= set(state.here)
         self.searched |= {place for place in state.here if state.accessible(place)}
         nearer = state.won or (before is not None and after is not None and after < before)
@@ -307,6 +393,8 @@ class AlfworldTemplates:
         that mug is clean: "Need clean mug in shelf. Have clean mug 2. Been sinkbasin 1. Here nothing. Next shelf 1."
         """
         asked, held = parse_task(ctx.task), _held(ctx)
+        if asked is None:
+            return _plain_words().thought(ctx, action)
         wanted, kind, place = STATE[asked.groupdict().get("state")], asked["object"], asked["place"]
         texts = (*(text for text, _ in ctx.history), ctx.observation)
         changes = (re.match(rf"You (clean|heat|cool) the {held} using", text) for text in texts)
@@ -325,6 +413,8 @@ class AlfworldTemplates:
     def plan(self, ctx: PromptContext) -> str:
         """Say the subgoals in one sentence. Example: "Plan: find mug, make it clean, bring it to shelf."."""
         asked = parse_task(ctx.task)
+        if asked is None:
+            return _plain_words().plan(ctx)
         state = asked.groupdict().get("state")
         kind = f"two {asked['object']}" if state == "two" else asked["object"]
         change = f" make it {STATE[state]}," if state not in ("two", None) else ""
@@ -361,9 +451,9 @@ class AlfworldTemplates:
         kind = rng.choice(("random", "earlier", "grasp", "stay"))
         if kind == "earlier" and earlier:
             return random_action(rng.choice(earlier).actions, rng)
-        here = places(ctx)
-        if kind == "grasp" and here:
-            return f"take {parse_task(ctx.task)['object']} {rng.randint(1, 3)} from {rng.choice(here)}"
+        here, asked = places(ctx), parse_task(ctx.task)
+        if kind == "grasp" and here and asked:
+            return f"take {asked['object']} {rng.randint(1, 3)} from {rng.choice(here)}"
         if kind == "stay" and here:
             return f"go to {rng.choice(here)}"
         return rng.choice(ctx.actions)
@@ -379,9 +469,18 @@ def random_action(actions: Sequence[str], rng: random.Random) -> str:
     return rng.choice([action for action in actions if action.split(" ")[0] == kind])
 
 
-def parse_task(task: str) -> re.Match:
-    """Read what a task sentence asks for: groups `object`, `place` and, in some forms, `state`."""
-    return next(match for form in TASK_FORMS if (match := re.match(form, task)))
+def parse_task(task: str) -> re.Match | None:
+    """Read what a task sentence asks for: groups `object`, `place` and, in some forms, `state`.
+
+    None if it is in none of ALFWorld's own words: a human may have written it (an option of alfworld-generate).
+    """
+    return next((match for form in TASK_FORMS if (match := re.fullmatch(rf"{form}\.?", task))), None)
+
+
+def _plain_words() -> Any:
+    from sft_data import Templates  # it imports much that playing does not need
+
+    return Templates()
 
 
 def places(ctx: PromptContext) -> list[str]:

@@ -62,7 +62,8 @@ HELP = """Available commands:
   slice (object) with (object):     slice an object using a sharp object
 """
 
-TASK_SENTENCE = re.compile(r'"rhs": "Your task is to: ((?:[^"\\]|\\.)*)"')
+# The rest of the rule tells where the sentence ends: a quotation mark in it would cut it off.
+TASK_SENTENCE = re.compile(r'"rhs": "Your task is to: ((?:[^"\\]|\\.)*)"(\s*(?:}|$))?')
 ATOM = re.compile(r"\(([a-z]+|=) ([^()]*)\)")
 
 
@@ -104,8 +105,10 @@ def task_sentence(game: dict) -> str:
     match = TASK_SENTENCE.search(game["grammar"])
     if match is None or "UNKNOWN GOAL" in match[1]:
         raise ValueError("the grammar holds no task sentence")
-    if re.search(r"[\\#{}\[\]|;<>]", match[1]):
-        raise ValueError(f"TextWorld would read the task sentence as grammar: {match[1]!r}")
+    if match[2] is None or re.search(r"[\\#{}\[\]|;<>]", match[1]):
+        raise ValueError(
+            f'TextWorld would read the task sentence as grammar, for it has one of "\\#{{}}[]|;<>: {match[1]!r}'
+        )
     return match[1]
 
 
@@ -122,17 +125,45 @@ def number_names(ids: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read one of a game's files. Raises ValueError, which says what the file is instead: empty, torn, a folder, ..."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if not data.strip():
+        raise ValueError("it is empty")
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("it is Git LFS's pointer to the file, which `git lfs pull` fetches")
+    try:
+        found = json.loads(data.decode())
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is torn, or no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, not an object")
+    return found
+
+
 def parse_game(game: dict | str | Path) -> Game:
     """Read a stored game (the dict, or the path of its game.tw-pddl). Raises ValueError if it is malformed."""
-    source = "game" if isinstance(game, dict) else str(game)
+    source = "" if isinstance(game, dict) else f"{game}: "
     try:
-        return _parse(game if isinstance(game, dict) else json.loads(Path(game).read_text(encoding="utf-8")))
+        return _parse(game if isinstance(game, dict) else read_json(game))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{source}: not a playable ALFWorld game: {reason}") from error
+        raise ValueError(f"{source}not a playable ALFWorld game: {in_words(error)}") from error
+
+
+def in_words(error: Exception) -> str:
+    """Say what an error of missing or wrong data says, a missing key in words."""
+    return f"missing {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _parse(data: dict) -> Game:
+    for key in ("grammar", "pddl_problem"):
+        if not isinstance(data[key], str):
+            raise ValueError(f"{key} is no text")
     task, problem = task_sentence(data), data["pddl_problem"].lower()  # TextWorld's translator lower-cases it too
     if not 0 < problem.find("(:init") < problem.find("(:goal"):
         raise ValueError("pddl_problem has no :init before a :goal")

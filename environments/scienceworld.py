@@ -80,17 +80,27 @@ PROMPT = EnvPrompt(
 
 
 def check(env_cfg: EnvConfig) -> None:
-    """Check the simulator's presets. Raises ConfigError for an unknown one, and for one that makes tasks unsolvable."""
+    """Check the simulator's presets.
+
+    Raises ConfigError for unknown ones, for those that the simulator takes alone, and for one without a solution.
+    """
     types = (*(env_cfg.task_types or TASK_TYPES), *(env_cfg.held_out_types or HELD_OUT_TYPES))
-    for preset in filter(None, env_cfg.simplification.split(",")):
+    presets = env_cfg.simplification.split(",") if env_cfg.simplification else []
+    for preset in presets:
         if preset not in SIMPLIFICATIONS:
             raise ConfigError(f"env.simplification: unknown preset {preset!r}{nearest(preset, SIMPLIFICATIONS)}")
-        electric = [name for name in types if "power-component" in name or "conductivity" in name]
-        if preset == "noElectricalAction" and electric:
-            raise ConfigError(
-                "env.simplification=noElectricalAction leaves power-component and test-conductivity without a "
-                "solution; name other env.task_types and env.held_out_types"
-            )
+    if "easy" in presets and len(presets) > 1:
+        raise ConfigError(
+            f"env.simplification={env_cfg.simplification}: easy stands for teleportAction, openDoors, "
+            "selfWateringFlowerPots and, where a task needs no electricity, noElectricalAction; the simulator takes it "
+            "alone: leave it alone, or name presets in its place"
+        )
+    electric = [name for name in types if "power-component" in name or "conductivity" in name]
+    if "noElectricalAction" in presets and electric:
+        raise ConfigError(
+            "env.simplification=noElectricalAction leaves power-component and test-conductivity without a "
+            "solution; name other env.task_types and env.held_out_types"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

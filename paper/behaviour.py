@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gzip
 import json
 import math
 import random
@@ -30,7 +31,7 @@ import judge
 import prompts
 from config import Config
 from engine import Engine, SamplingParams, stable_seed
-from evaluate import EVALUATION
+from evaluate import EVALUATION, newest_evaluation
 from logger import repeats
 from rollout import Episode, Step, play
 
@@ -162,7 +163,7 @@ def resample(subject: Subject, steps: Sequence[Step], salt: int) -> list[list[st
     params = [subject.sampling_params(number, salt) for number in range(len(prompt_ids))]
     actions = []
     for completion in subject.engine.generate(prompt_ids, params):
-        reply = prompts.parse_reply(policy.decode(completion.ids), config.prompt_style, config.env.name)
+        reply = prompts.parse_reply(policy.chat.reply(completion.ids), config.prompt_style, config.env.name)
         actions.append(reply.action if reply.valid else "<invalid>")
     return [actions[first : first + DRAWS] for first in range(0, len(actions), DRAWS)]
 
@@ -320,7 +321,8 @@ def accuracies(subject: Subject, questions: Sequence[judge.Question], name: str 
 
 def load_episodes(file: Path) -> list[Episode]:
     """Read the episodes of one iteration, without prompts and tokens. Raises ValueError for a file that is torn."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with gzip.open(file, "rt", encoding="utf-8") as text:
+        lines = [json.loads(line) for line in text]
     blank = {"prompt_ids": [], "response_ids": [], "logprobs": [], "prompt": ""}
     episodes = []
     for line in lines[:-1]:  # the last holds the questions
@@ -335,8 +337,8 @@ def repeat_rate(run: Path) -> Numbers:
 
     The last number of each way is Lemma 3.1's sign test: the covariance of success and repeats within a group.
     """
-    files = sorted((run / "episodes").glob("*.jsonl"))
-    played = [(file.stem, episode) for file in files for episode in load_episodes(file)]
+    files = sorted((run / "episodes").glob("*.jsonl.gz"))
+    played = [(file.name.split(".")[0], episode) for file in files for episode in load_episodes(file)]
     groups_E = np.unique([f"{stem} {episode.group}" for stem, episode in played], return_inverse=True)[1]
     won_E = np.array([episode.won for _, episode in played])
     steps_E = np.array([len(episode.steps) for _, episode in played])
@@ -397,5 +399,5 @@ def learning_curve(run: Path) -> Numbers:
 
 def final_success(run: Path) -> Numbers:
     """Read Figure 7: what evaluate.py found of the run, by level; intervals over games."""
-    found = json.loads((run / "eval.json").read_text())
+    found = json.loads(newest_evaluation(run).read_text())
     return {level: [one["success"], one["low"], one["high"]] for level, one in found["levels"].items()}

@@ -192,7 +192,7 @@ def load_run(run: Path, overrides: Sequence[str]) -> Config:
 
 def check_files(figure: Figure, runs: Sequence[Path]) -> None:
     """Check that the runs have what a figure is made from. Raises ConfigError, with what would make it."""
-    cures = {"eval.json": "python evaluate.py --ckpt {run}/checkpoints/latest", "metrics.jsonl": "train_rl.py"}
+    cures = {"eval_*.json": "python evaluate.py --ckpt {run}/checkpoints/latest", "metrics.jsonl": "train_rl.py"}
     for run in runs if figure.needs else ():
         if not any(run.glob(figure.needs)):
             cure = cures.get(figure.needs, "train.episodes_every").format(run=run)
@@ -593,7 +593,7 @@ FIGURES = {
         behaviour.repeat_rate,
         ("state_action per step", "state_action per step, first 10 steps"),
         won_and_lost,
-        needs="episodes/*.jsonl",
+        needs="episodes/*.jsonl.gz",
         table=won_and_lost_table,
     ),
     "3a": Figure(
@@ -616,7 +616,7 @@ FIGURES = {
         halfway=True,
         finish=behaviour.add_bins,
     ),
-    "7": Figure("Success of runs side by side (Figure 7)", behaviour.final_success, ("L0",), bars, needs="eval.json"),
+    "7": Figure("Success of runs side by side (Figure 7)", behaviour.final_success, ("L0",), bars, needs="eval_*.json"),
     "8": Figure("Coupling gap (Figure 8)", geometry.coupling_gaps, ("cos", "mean_src"), curves, 0.0),
     "9": Figure(
         "Tokens of flawed actions that good ones pull along (Figure 9)",

@@ -129,7 +129,7 @@ def _cosines(state_RH: torch.Tensor, strata: dict[str, np.ndarray], game_R: np.n
 def answered(subject: Subject, replies: int) -> list[tuple[int, Sample]]:
     """Let the model reply so many times to each question; return the question's number with each reply."""
     policy, rollout = subject.engine.policy, subject.config.rollout
-    prompts = {number: policy.encode(question) for number, (question, _) in enumerate(subject.questions)}
+    prompts = {number: policy.chat.encode(question) for number, (question, _) in enumerate(subject.questions)}
     asked = [number for number, ids in prompts.items() if len(ids) <= rollout.max_prompt_tokens] * replies
     params = [subject.sampling_params(number, salt=5) for number in range(len(asked))]
     completions = subject.engine.generate([prompts[number] for number in asked], params)
@@ -293,7 +293,7 @@ def similar_tokens(subject: Subject) -> Numbers:
         replies: dict[int, tuple[list[Sample], list[Sample]]] = defaultdict(lambda: ([], []))
         for number, sample in answered(subject, REPLIES):
             if answers[number]:
-                reply = subject.engine.policy.decode(sample.response_ids)
+                reply = subject.engine.policy.chat.reply(sample.response_ids)
                 replies[number][is_right(reply, answers[number])].append(sample)
         found = pulled_tokens(subject, replies, to_question=True)
         numbers |= {f"questions: {key}": value for key, value in found.items()}
@@ -356,7 +356,7 @@ def token_influences(policy: LanguageModel, samples: Sequence[Sample], config: C
 
 def pieces_of(model: LanguageModel, ids: Sequence[int]) -> list[str]:
     """Split a reply into the text of each token: what decoding one more adds."""
-    texts = [model.tokenizer.decode(ids[:count]) for count in range(len(ids) + 1)]
+    texts = [model.chat.tokenizer.decode(ids[:count]) for count in range(len(ids) + 1)]
     return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]
 
 

@@ -573,7 +573,8 @@ def influence_rows() -> Rows:
     parts = [float((a * b).sum()) for a, b in zip(first, second, strict=True)]
     change = float(log_prob(body_HI, head_VH + 1e-5 * first[1], 1) - log_prob(body_HI, head_VH, 1)) / 1e-5
     sample_T, won_T = torch.tensor([0] * 4 + [1] * 3), torch.tensor([True] * 4 + [False] * 3)
-    factor_T, found = baselines.nthr_weights(torch.cat(hidden), torch.cat(error), sample_T, won_T, beta=0.5, eta=0.5)
+    hidden_TH, error_TV = torch.cat(hidden), torch.cat(error)
+    factor_T, found = baselines.nthr_weights(hidden_TH, error_TV.__getitem__, sample_T, won_T, beta=0.5, eta=0.5)
     ends = [two_samples(0.3, 0.3, 4, 0.5, penalty=penalty)[-1, 1] for penalty in (1, 0.5, 0, 3)]
     return [
         (

@@ -4,11 +4,13 @@
 
 The rows are those of train_sft.py with sft.variant=generative, less the words: a judged step is its prompt, its reply
 and the verdict.  The model imitates the others as there, a linear head on its last hidden state learns the verdicts,
-and both mean losses add up.  The checkpoint is a language model as any other; the head is in its trainer/state.pt.
+and both mean losses add up.  The checkpoint is a language model as any other; the head is in its
+trainer/state.pt.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch.distributed as dist
 import prompts
 import sft_data
 import train_sft
+from checkpoint import RunLock, TrainState, resume
 from config import Config, ConfigError
 from distributed import init_distributed, unsharded_forward
 from model import LanguageModel, last_hidden, load_model, training_batches
@@ -36,11 +39,12 @@ def main() -> None:
     """Run the script: rows, training, checkpoint."""
     config = train_sft.read_command_line(__doc__, preflight)
     init_distributed(config)
+    lock = RunLock(config.run_dir)
     rows = train_sft.load_rows(config, "value", make_rows)
-    model = load_model(config)
-    head = value_head(model)
-    train(model, head, rows, config)
-    train_sft.finish(model, rows, config, state={"value_head": head.state_dict()})
+    state = resume(config, rows=map(json.dumps, rows))
+    model = load_model(config, state.folder)
+    train(model, value_head(model), rows, config, state)
+    train_sft.finish(lock)
 
 
 def preflight(config: Config, world: int) -> None:
@@ -91,7 +95,7 @@ def classification_loss(
     return loss, int(((logit_N > 0) == (label_N > 0)).sum())
 
 
-def train(model: LanguageModel, head: torch.nn.Linear, rows: Sequence[dict], config: Config) -> None:
+def train(model: LanguageModel, head: torch.nn.Linear, rows: Sequence[dict], config: Config, state: TrainState) -> None:
     """Train as train_sft.train does; rows with a label are not imitated, `head` learns to classify them."""
 
     def add_gradients(model: LanguageModel, batch: train_sft.Batch, config: Config) -> dict[str, tuple[float, float]]:
@@ -107,7 +111,7 @@ def train(model: LanguageModel, head: torch.nn.Linear, rows: Sequence[dict], con
             right += found
         return sums | {"train/value_accuracy": (right, float(count))}
 
-    train_sft.train(model, rows, config, add_gradients, torch.nn.ModuleList([model.model, head]))
+    train_sft.train(model, rows, config, state, add_gradients, head)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ type of processor to another, and a sampled token may follow: golden.json says o
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import json
 import os
@@ -83,7 +84,7 @@ CASES = {
     ),
     "sft_reading": Case(
         "train_sft.py",
-        f"sft.data={{folder}}/reading.jsonl {READING}",
+        f"sft.data={{folder}}/reading.jsonl sft.variant=vanilla {READING}",
         before=f"tools/tiny_base_model.py rows shared.yaml --out reading.jsonl --set {READING}",
         rows="reading.jsonl",
     ),
@@ -188,8 +189,8 @@ def episodes_digest(run: Path) -> str:
     """Hash what model and environment said in all iterations, and how it was labelled."""
     step_keys = ("observation", "response", "action", "valid", "available", "reward", "label")
     parts: list = []
-    for file in sorted((run / "episodes").glob("*.jsonl")):
-        *episodes, extra = map(json.loads, file.read_text().splitlines())
+    for file in sorted((run / "episodes").glob("*.jsonl.gz")):
+        *episodes, extra = map(json.loads, gzip.open(file, "rt"))
         for one in episodes:
             steps = [[step[key] for key in step_keys] for step in one["steps"]]
             parts.append([one["task"]["id"], one["group"], one["member"], one["won"], one["score"], steps])

@@ -50,17 +50,17 @@ def test_nthr_by_hand():
     """One won token h = (1, 0), g = (1/2, -1/2): M = g h^T and its own s = 1/2 = tau. Lost: s = 1/2, 0, 1."""
     hidden, grad = tensor([1.0, 0], [1, 0], [0, 1], [2, 0]), tensor([0.5, -0.5]).repeat(4, 1)
     sample, won = tensor(0, 1, 1, 2), tensor(True, False, False, False)
-    factor, found = nthr_weights(hidden, grad, sample, won, beta=1.0, eta=0.3)
+    factor, found = nthr_weights(hidden, grad.__getitem__, sample, won, beta=1.0, eta=0.3)
     assert_close(factor, [1.0, 1.0, 1.0, 0.3])
     assert found == {"tau": 0.5, "selected": 1}
-    assert_close(nthr_weights(hidden, grad, sample, won, beta=0.5, eta=0.3)[0], [1.0, 0.3, 1.0, 0.3])
-    assert_close(nthr_weights(hidden, grad, sample, won, beta=-math.inf, eta=0.0)[0], [1.0, 0.0, 0.0, 0.0])
+    assert_close(nthr_weights(hidden, grad.__getitem__, sample, won, beta=0.5, eta=0.3)[0], [1.0, 0.3, 1.0, 0.3])
+    assert_close(nthr_weights(hidden, grad.__getitem__, sample, won, beta=-math.inf, eta=0.0)[0], [1.0, 0.0, 0.0, 0.0])
     # a second won sample, h = (0, 3), g = (.1, -.1): its own mean is .18 = tau; the token at (0, 1) has s = .3
     hidden, grad = torch.cat([hidden, tensor([0.0, 3])]), torch.cat([grad, tensor([0.1, -0.1])])
     sample, won = tensor(0, 1, 1, 2, 3), tensor(True, False, False, False, True)
-    factor, found = nthr_weights(hidden, grad, sample, won, beta=1.0, eta=0.3)
+    factor, found = nthr_weights(hidden, grad.__getitem__, sample, won, beta=1.0, eta=0.3)
     assert_close(factor, [1.0, 0.3, 0.3, 0.3, 1.0])
     assert found["tau"] == pytest.approx(0.18)
     for alike in (won | True, won & False):
-        factor, found = nthr_weights(hidden, grad, sample, alike, beta=1.0, eta=0.3)
+        factor, found = nthr_weights(hidden, grad.__getitem__, sample, alike, beta=1.0, eta=0.3)
         assert factor.eq(1).all() and found["selected"] == 0

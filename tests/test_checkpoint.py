@@ -8,6 +8,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from chat import ChatFormat
 from checkpoint import check_disk, point_latest, save_model
 from config import Config, ConfigError
 from model import LanguageModel, load_model
@@ -17,7 +18,7 @@ from tools import tiny_base_model
 @pytest.fixture(scope="module")
 def policy(small_games) -> LanguageModel:
     built = tiny_base_model.build(tiny.corpus(small_games), 0, hidden=64, layers=2, heads=2, vocab=800)
-    return LanguageModel(*built, torch.device("cpu"))
+    return LanguageModel(built[0], ChatFormat(built[1]), torch.device("cpu"))
 
 
 def test_saved_folder_loads_everywhere(policy, tmp_path, small_games):
@@ -29,7 +30,7 @@ def test_saved_folder_loads_everywhere(policy, tmp_path, small_games):
     assert not leftover.exists() and not (folder / "junk.safetensors").exists()
     assert json.loads((folder / "guidelines.json").read_text()) == ["Look — närmare."]
     assert torch.load(folder / "trainer" / "state.pt", weights_only=True) == {"iteration": 7}
-    ids = torch.tensor([policy.encode("look")])
+    ids = torch.tensor([policy.chat.encode("look")])
     plain = AutoModelForCausalLM.from_pretrained(folder)
     ours = load_model(tiny.sft_config(small_games), path=str(folder))
     assert not ours.model.training

@@ -159,13 +159,13 @@ def test_constraints_between_fields(empty, overrides, part):
         (key, limit, field)
         for key, field in OPTIONS
         for limit in ("above", "at_least", "at_most")
-        if limit in field.metadata
+        if limit in field.metadata["limits"]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_value_just_out_of_range_is_an_error(empty, key, limit, field):
     """And one at the limit is not, unless it says "above"."""
-    bound, whole = field.metadata[limit], field.type == "int"
+    bound, whole = field.metadata["limits"][limit], field.type == "int"
     step = {"above": 0, "at_least": -1, "at_most": 1}[limit] * (1 if whole else 1e-6)
     outside = bound + step if whole else float(bound + step)
     allowed = f"{limit.replace('_', ' ')} {bound:g}"

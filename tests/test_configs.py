@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 import config as configuration
+import envs
 import train_rl
 import train_sft
 from config import ConfigError
@@ -32,7 +33,10 @@ def test_documented_commands_resolve(ranks, script, file, overrides, monkeypatch
     """As --dry-run does, for the ranks that the command names."""
     monkeypatch.chdir(tiny.ROOT)
     monkeypatch.setenv("WORLD_SIZE", ranks or "1")
-    monkeypatch.setattr(train_sft, "check_model_path", lambda path: None)  # earlier commands of a head make models
+    # earlier commands of a head make models and games
+    monkeypatch.setattr(train_sft, "check_model_folder", lambda config: None)
+    monkeypatch.setattr(envs, "tasks", lambda *_: [])
+    monkeypatch.setattr(envs, "check_reset", lambda *_: None)
     config = configuration.load(file, overrides.split())
     if script == "train_rl":
         assert f"name: {config.name}" in train_rl.dry_run(config)

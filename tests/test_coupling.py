@@ -159,8 +159,8 @@ def played(small_games):
     for member, part in enumerate((texts[:6], texts[6:])):
         steps = []
         for index, text in enumerate(part):
-            reply = policy.encode_reply(text["response"])
-            fields = (policy.encode(text["prompt"]), reply, [0.0] * len(reply), text["prompt"], text["response"])
+            reply = policy.chat.encode_reply(text["response"])
+            fields = (policy.chat.encode(text["prompt"]), reply, [0.0] * len(reply), text["prompt"], text["response"])
             steps.append(Step(*fields, f"room {index % 3}", text["response"][-20:], True, True, 0.0))
         steps[-1].reward = 10.0 * (member == 0)
         episodes.append(Episode(TASK, 0, member, steps, won=member == 0))

@@ -18,7 +18,7 @@ import config as configuration
 import model
 import train_rl
 from checkpoint import TrainState
-from config import Config, ConfigError
+from config import Config
 from distributed import Optimizer, all_gather_objects, full_tensor
 from model import load_model, load_reference, named_weights
 from packing import Sample
@@ -141,7 +141,7 @@ llm = LLM(base, dtype="float32", enable_lora=True, max_lora_rank=8, max_loras=1,
           kv_cache_memory_bytes=64 << 20, block_size=32, skip_tokenizer_init=True, disable_log_stats=True,
           enable_chunked_prefill=False, distributed_executor_backend="external_launcher")
 policy = model.load_model(given, path=str(folder), train=False)
-prompt = policy.encode("You are in a room. Your task is to: look.")
+prompt = policy.chat.encode("You are in a room. Your task is to: look.")
 params = SamplingParams(temperature=0, max_tokens=12, logprobs=0, detokenize=False)
 adapted = LoRARequest("trained", 1, str(folder))
 output = llm.generate([{"prompt_token_ids": prompt}], params, lora_request=adapted, use_tqdm=False)[0].outputs[0]
@@ -189,7 +189,7 @@ def test_an_adapter_is_trained_saved_and_resumed(adapted, small_games, tmp_path,
 
 
 def test_an_adapter_is_the_start_of_another_run(adapted, small_games):
-    """Its weights are the start, and what KL holds to; sizes that do not fit are named."""
+    """Its weights are the start, and what KL holds to; its own sizes count, not those of new adapters."""
     given = configuration.load(adapted / "config.yaml")
     start = tiny.changed(given, f"model.path={adapted / 'checkpoints' / 'latest'}", "algo.kl=0.1")
     policy = load_model(start)
@@ -209,8 +209,8 @@ def test_an_adapter_is_the_start_of_another_run(adapted, small_games):
         name for name, _ in policy.model.named_parameters() if ".default." in name
     }
     assert total_distance(before, dict(named_weights(policy))) > 1
-    with pytest.raises(ConfigError, match="has rank 4 and alpha 8"):
-        load_model(tiny.changed(start, "model.lora_rank=8"))
+    other = dict(named_weights(load_model(tiny.changed(start, "model.lora_rank=8"))))
+    assert tiny.distance(before, other) == 0
 
 
 def test_vllm_serves_an_adapter_as_it_is_saved(adapted, tmp_path):

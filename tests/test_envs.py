@@ -111,7 +111,7 @@ def test_what_no_environment_makes_or_lists(there):
 
 
 def test_what_an_environment_itself_lacks_is_not_hidden(there):
-    with pytest.raises(ModuleNotFoundError, match="No module named 'needy'"):
+    with pytest.raises(ConfigError, match="needy_env cannot be imported: ModuleNotFoundError: No module named 'needy'"):
         envs.load("needy_env")
 
 

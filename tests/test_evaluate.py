@@ -1,5 +1,6 @@
 """evaluate.py: intervals and summaries by hand, evaluation repeatable for any number of ranks, the table."""
 
+import gzip
 import json
 import re
 
@@ -12,7 +13,7 @@ import evaluate
 from config import ConfigError
 from engine import Engine, SamplingParams, make_engine
 from environments import alfworld
-from evaluate import evaluate_levels, rate, summarise, summary_line, table
+from evaluate import evaluate_levels, newest_evaluation, rate, summarise, summary_line, table
 from model import load_model
 from rollout import Episode, Step
 
@@ -188,7 +189,7 @@ def test_vllms_copy_of_the_weights_is_the_only_one(config, engine, monkeypatch):
     made = make_engine(tiny.changed(config, "rollout.engine=vllm"), policy, keep_model=False)
     assert asked == ["cpu", "start"]  # vLLM looks how much of the GPU is free
     assert tiny.distance(made.weights, expected) == 0
-    assert policy.model is None and made.policy.encode("Look.") == engine.policy.encode("Look.")
+    assert policy.model is None and made.policy.chat.encode("Look.") == engine.policy.chat.encode("Look.")
 
 
 def test_the_transformers_engine_keeps_the_weights_it_samples_with(config):
@@ -232,7 +233,7 @@ def runs(small_games, tmp_path_factory):
 
 
 def read(folder) -> dict:
-    return json.loads((folder / "eval.json").read_text())
+    return json.loads(newest_evaluation(folder).read_text())
 
 
 def test_script_writes_results_and_episodes(runs):
@@ -240,7 +241,7 @@ def test_script_writes_results_and_episodes(runs):
     assert record["guidelines"] == ["Open every drawer."]
     assert (record["temperature"], record["seeds"], list(record["levels"])) == (0.7, 2, ["L0", "L1"])
     assert record["levels"]["L0"]["n"] == 6
-    episodes = [json.loads(line) for line in (folder / "eval_episodes.jsonl").read_text().splitlines()]
+    episodes = [json.loads(line) for line in gzip.open(next(folder.glob("eval_*_episodes.jsonl.gz")), "rt")]
     assert len(episodes) == 12 and sum(len(e["steps"]) for e in episodes) / 12 == pytest.approx(
         (record["levels"]["L0"]["mean_steps"] + record["levels"]["L1"]["mean_steps"]) / 2
     )
@@ -250,7 +251,8 @@ def test_script_writes_results_and_episodes(runs):
 
 def test_two_runs_on_one_and_two_ranks_agree(runs):
     assert read(runs / "runs" / "one")["levels"] == read(runs / "runs" / "two")["levels"]
-    episodes = [(runs / "runs" / name / "eval_episodes.jsonl").read_text().splitlines() for name in ("one", "two")]
+    files = [next((runs / "runs" / name).glob("eval_*_episodes.jsonl.gz")) for name in ("one", "two")]
+    episodes = [gzip.open(file).read().splitlines() for file in files]
     assert [[step["response"] for step in json.loads(line)["steps"]] for line in episodes[0]] == [
         [step["response"] for step in json.loads(line)["steps"]] for line in episodes[1]
     ]
@@ -262,7 +264,7 @@ def test_table_of_runs(runs, monkeypatch, capsys):
     heading, one, two = capsys.readouterr().out.splitlines()
     assert one.startswith("one") and two.startswith("two") and one[5:] == two[5:] and "n=6" in one
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--table", str(runs)])
-    with pytest.raises(ConfigError, match="eval.json does not exist: run evaluate.py"):
+    with pytest.raises(ConfigError, match="has no eval_\*.json: run evaluate.py"):
         evaluate.main()
 
 

@@ -1,6 +1,7 @@
 """The paper's figures: measures against their definitions, and the script on runs of a real, tiny model."""
 
 import dataclasses
+import gzip
 import json
 import math
 
@@ -36,7 +37,7 @@ def subject(small_games) -> Subject:
     policy = model.load_model(config)
     steps = []
     for number, (ask, reply) in enumerate(TEXTS):
-        ids = (policy.encode(ask), policy.encode_reply(reply), [])
+        ids = (policy.chat.encode(ask), policy.chat.encode_reply(reply), [])
         steps.append(Step(*ids, ask, reply, "a room", f"take mug {number}", True, True, 0.0, label=number % 2))
     task = envs.Task("alfworld", "pick_and_place_simple", "a game", "train")
     episodes = [Episode(task, 0, 0, steps[:2]), Episode(task, 1, 0, steps[2:])]
@@ -107,7 +108,8 @@ def test_an_answer_is_right_by_its_last_number():
 def test_likelihood_of_a_reply_and_of_its_action(subject):
     policy, config = subject.engine.policy, subject.config
     replies = ["<think>Need mug 1.</think><action>go to desk 2</action>", "no action at all"]
-    samples = [Sample(np.array(policy.encode("A room.")), np.array(policy.encode_reply(reply))) for reply in replies]
+    chat = policy.chat
+    samples = [Sample(np.array(chat.encode("A room.")), np.array(chat.encode_reply(reply))) for reply in replies]
     found = geometry.likelihoods(policy, samples, config)
     with torch.no_grad():
         logp_T = (
@@ -124,8 +126,8 @@ def test_likelihood_of_a_reply_and_of_its_action(subject):
 
 def test_pieces_are_the_reply(subject):
     policy = subject.engine.policy
-    ids = policy.encode_reply("<think>Need mug 1.</think><action>go to desk 2</action>")
-    assert "".join(geometry.pieces_of(policy, ids)) == policy.tokenizer.decode(ids)
+    ids = policy.chat.encode_reply("<think>Need mug 1.</think><action>go to desk 2</action>")
+    assert "".join(geometry.pieces_of(policy, ids)) == policy.chat.tokenizer.decode(ids)
 
 
 def test_states_equal_one_pass_per_row(subject):
@@ -230,11 +232,11 @@ def test_consistency_is_the_share_of_fresh_replies_with_the_action(subject):
     class Replies:
         def generate(self, prompt_ids, sampling):
             asked.extend(zip(prompt_ids, [one.seed for one in sampling], strict=True))
-            return [Completion(policy.encode_reply(text), []) for text in said * (len(prompt_ids) // 10)]
+            return [Completion(policy.chat.encode_reply(text), []) for text in said * (len(prompt_ids) // 10)]
 
     Replies.policy = policy
     steps = [
-        Step(policy.encode(ask), [], [], ask, "", "a room", action, True, True, 0.0)
+        Step(policy.chat.encode(ask), [], [], ask, "", "a room", action, True, True, 0.0)
         for ask, action in (("A room.", "look"), ("Fridge.", "<invalid>"), ("Desk.", "jump"))
     ]
     found = behaviour.consistencies(dataclasses.replace(subject, engine=Replies()), steps, salt=1)
@@ -299,7 +301,8 @@ def test_offered_actions_are_read_back():
 def write_episodes(run, *episodes: Episode) -> None:
     (run / "episodes").mkdir(parents=True)
     lines = [json.dumps(episode.to_json(tokens=number < 2)) for number, episode in enumerate(episodes)]
-    (run / "episodes/000000.jsonl").write_text("\n".join([*lines, '{"questions": [], "guidelines": []}']) + "\n")
+    with gzip.open(run / "episodes/000000.jsonl.gz", "wt") as file:
+        file.write("\n".join([*lines, '{"questions": [], "guidelines": []}']) + "\n")
 
 
 def acted(*pairs: tuple[str, str], won: bool, group: int = 0, member: int = 0) -> Episode:
@@ -349,7 +352,7 @@ def test_every_figure_of_two_runs_from_one_start(small_games, tmp_path):
     settings = ("name=gcd", "guidelines.every=0", "train.checkpoint_every=2")
     tiny.run("train_rl.py", tiny.rl_yaml(small_games, tmp_path), "--set", *settings, cwd=tmp_path)
     level = {"success": 0.5, "low": 0.4, "high": 0.6}
-    (tmp_path / "runs/gcd/eval.json").write_text(json.dumps({"levels": {"L0": level}}))
+    (tmp_path / "runs/gcd/eval_000020.json").write_text(json.dumps({"levels": {"L0": level}}))
     plain = tiny.copy(tmp_path / "runs/gcd", tmp_path / "runs/plain") / "config.yaml"
     plain.write_text(plain.read_text().replace("judge:\n  enabled: true", "judge:\n  enabled: false"))
     asked = tmp_path / "questions.jsonl"
@@ -412,7 +415,7 @@ def test_what_is_missing_is_named(tmp_path):
         figures.load_run(tmp_path, [])
     with pytest.raises(ConfigError, match="has no checkpoints"):
         figures.snapshots(tmp_path, Config())
-    with pytest.raises(ConfigError, match=r"Figure 7.* has no eval.json, which python evaluate.py .* writes"):
+    with pytest.raises(ConfigError, match=r"Figure 7.* has no eval_\*.json, which python evaluate.py .* writes"):
         figures.check_files(figures.FIGURES["7"], [tmp_path])
     wrong = tmp_path / "questions.jsonl"
     wrong.write_text('{"problem": "2 + 2"}\n')

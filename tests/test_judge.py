@@ -195,11 +195,12 @@ class Oracle:
 
     def __init__(self, answers: list[str]) -> None:
         self.answers = answers
-        self.policy = SimpleNamespace(
+        chat = SimpleNamespace(
             encode=lambda text: [*map(ord, text)],
-            decode=lambda ids: "".join(map(chr, ids)),
-            tokenizer=SimpleNamespace(eos_token_id=0),
+            reply=lambda ids: "".join(map(chr, ids)),
+            is_over=lambda ids: bool(ids) and ids[-1] == 0,
         )
+        self.policy = SimpleNamespace(chat=chat)
 
     def generate(self, prompt_ids, params):
         self.asked, self.params = ["".join(map(chr, ids)) for ids in prompt_ids], list(params)

@@ -145,7 +145,7 @@ def test_sizes_are_those_of_the_published_games() -> None:
 
 
 def test_alfworld_collects_and_textworld_wins_them(tmp_path: Path) -> None:
-    pytest.importorskip("textworld")
+    pytest.importorskip("textworld.core")
     from alfworld.agents.environment.alfred_tw_env import AlfredTWEnv
 
     made = make_games(tmp_path, 6, 0, 0, seed=9, receptacles=6, objects=12)["train"]

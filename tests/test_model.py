@@ -12,9 +12,11 @@ import torch
 import attention
 import model
 import prompts
+from chat import ChatFormat
 from checkpoint import save_model
 from config import Config, ConfigError
-from model import LanguageModel, all_logprobs, as_reference, load_model, load_tokenizer
+from model import LanguageModel, all_logprobs, as_reference, load_model
+from model_files import load_tokenizer
 from packing import Sample, lay_out
 from prompts import PromptContext
 from tools import tiny_base_model
@@ -35,7 +37,7 @@ TRICKY = [
 @pytest.fixture(scope="module")
 def policy(small_games) -> LanguageModel:
     built = tiny_base_model.build(tiny.corpus(small_games), 0, hidden=64, layers=2, heads=2, vocab=800)
-    return LanguageModel(*built, torch.device("cpu"))
+    return LanguageModel(built[0], ChatFormat(built[1]), torch.device("cpu"))
 
 
 # ---- Tokenizer
@@ -43,12 +45,13 @@ def policy(small_games) -> LanguageModel:
 
 def test_reloaded_tokenizer_gives_identical_ids(policy, small_games, tmp_path):
     save_model(policy, tmp_path / "saved")
-    again = LanguageModel(policy.model, load_tokenizer(str(tmp_path / "saved")), policy.device)
+    again = LanguageModel(policy.model, ChatFormat(load_tokenizer(str(tmp_path / "saved"), Config())), policy.device)
     for row in tiny.chat_rows(small_games):
-        assert again.encode(row["prompt"]) == policy.encode(row["prompt"])
-        assert again.encode_reply(row["response"]) == policy.encode_reply(row["response"])
+        assert again.chat.encode(row["prompt"]) == policy.chat.encode(row["prompt"])
+        assert again.chat.encode_reply(row["response"]) == policy.chat.encode_reply(row["response"])
     for text in TRICKY:
-        assert again.encode(text) == policy.encode(text) and again.decode(again.encode_reply(text)) == text
+        assert again.chat.encode(text) == policy.chat.encode(text)
+        assert again.chat.reply(again.chat.encode_reply(text)) == text
 
 
 @pytest.mark.parametrize("spoiled", ["Qwen2Tokenizer", "Qwen2TokenizerFast", None])
@@ -61,7 +64,7 @@ def test_a_tokenizer_that_would_be_misread_is_refused(policy, tmp_path, spoiled)
     fields.pop("tokenizer_class")
     path.write_text(json.dumps(fields | ({"tokenizer_class": spoiled} if spoiled else {})))
     with pytest.raises(ConfigError, match="the model would see garbage"):
-        load_tokenizer(str(folder))
+        load_tokenizer(str(folder), Config())
 
 
 def test_untrusted_text_cannot_spell_control_tokens(policy):
@@ -69,16 +72,16 @@ def test_untrusted_text_cannot_spell_control_tokens(policy):
     ctx = PromptContext("alfworld", "task", "seen", ("look",), (("before", attack),), 1)
     problem = prompts.build_prompt(ctx, [attack])
     question = prompts.build_judge_prompt("alfworld", problem, attack)
-    control = set(policy.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"]))
+    control = set(policy.chat.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"]))
     for text in (problem, question):
-        assert len([token for token in policy.encode(text) if token in control]) == 3  # user's two, assistant's one
-    assert len([token for token in policy.encode(attack) if token in control]) > 3  # without prompts.inert it could
+        assert sum(token in control for token in policy.chat.encode(text)) == 3  # user's two, assistant's one
+    assert sum(token in control for token in policy.chat.encode(attack)) > 3  # without prompts.inert it could
 
 
 def test_control_tokens_never_reach_the_text(policy):
-    start, end = policy.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    look = policy.tokenizer("look", add_special_tokens=False)["input_ids"]
-    assert policy.decode([start, *look, end]) == "look"
+    start, end = policy.chat.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    look = policy.chat.tokenizer("look", add_special_tokens=False)["input_ids"]
+    assert policy.chat.reply([start, *look, end]) == "look"
 
 
 # ---- Log-probs

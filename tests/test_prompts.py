@@ -287,7 +287,9 @@ def test_rlvmr_replies(tag: str) -> None:
     assert parse_reply(text, "rlvmr") == prompts.Reply("go to desk 1", True, tag, "to the\ndesk")
     assert parse_reply(text) == prompts.Reply("go to desk 1", False, "none", "")
     thinking = "<think>t</think><action>look</action>"
-    for bad in (thinking, f"<monitor>m</monitor>{text}", f"<{tag}>t<action>look</action>", f"<{tag}>t</{tag}>"):
+    empty = f"<{tag}> \n</{tag}><action>look</action>"  # as published; the other style's may be empty
+    assert parse_reply("<think> </think><action>look</action>").valid
+    for bad in (thinking, empty, f"<monitor>m</monitor>{text}", f"<{tag}>t<action>look</action>", f"<{tag}>t</{tag}>"):
         assert not parse_reply(bad, "rlvmr").valid and parse_reply(bad, "rlvmr").tag == "none"
 
 

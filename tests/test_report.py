@@ -1,4 +1,4 @@
-"""tools/report.py: its numbers are eval.json's, it stays small, names what is missing, runs nothing that models wrote.
+"""tools/report.py: its numbers are the evaluation's, it stays small, says what is missing, runs nothing models wrote.
 
 The page itself is tried in headless Chromium, where there is one: chromium, chromedriver and selenium.
 """
@@ -82,13 +82,13 @@ def write_run(
         for i in range(iterations)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "eval.json").write_text(json.dumps({"levels": results or {"L0": RESULT}}))
+    (folder / "eval_000003.json").write_text(json.dumps({"levels": results or {"L0": RESULT}}))
     (folder / "machine.json").write_text(json.dumps({"torch": "2.1", "GPUs": "8 x H100"}))
     episodes = episodes or [episode(group, member, [step(0), step(1)]) for group in (0, 1) for member in (0, 1)]
     for i in range(iterations):
         end = {"questions": list(questions), "guidelines": list(guidelines)}
         text = "".join(json.dumps(line) + "\n" for line in [*episodes, end])
-        (folder / "episodes" / f"{i:06d}.jsonl").write_text(text)
+        (folder / "episodes" / f"{i:06d}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     return folder
 
 
@@ -145,7 +145,7 @@ def test_several_runs_share_each_figure(tmp_path):
     [
         ("config.yaml", "no config.yaml"),
         ("metrics.jsonl", "no metrics.jsonl"),
-        ("eval.json", "no eval.json"),
+        ("eval_000003.json", "no eval_*.json"),
         ("machine.json", "no machine.json"),
         ("episodes", "no episodes/"),
     ],
@@ -160,18 +160,18 @@ def test_an_empty_folder_and_broken_files(tmp_path):
     assert len(re.findall("<li>", notes(page_of(tmp_path)))) == 5
     folder = write_run(tmp_path / "run")
     (folder / "config.yaml").write_bytes(b"a: [1\n\xff\x00")
-    (folder / "eval.json").write_text('{"levels": {"L0": {"success": 0.5}, "L1": [')
+    (folder / "eval_000003.json").write_text('{"levels": {"L0": {"success": 0.5}, "L1": [')
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(
             b'{"iteration": 2, "x": NaN, "y": 1e999, "z": {"deep": 1}}\n' + b"[" * 100_000 + b'\n{"iteration": 3, "rol'
         )
-    with (folder / "episodes" / "000001.jsonl").open("ab") as file:
+    with gzip.open(folder / "episodes" / "000001.jsonl.gz", "ab") as file:
         file.write(
             b'{"steps": 3}\n{"steps": [4, {"observation": "caf\xe9", "label": "x", "advantage": NaN}]}\n{"task": {"ty'
         )
     page = page_of(folder)
     said = notes(page)
-    assert "config.yaml cannot be read" in said and "eval.json cannot be read" in said
+    assert "config.yaml cannot be read" in said and "eval_000003.json cannot be read" in said
     assert "metrics.jsonl: 2 of 6 lines could not be read" in said
     assert "episodes/: 3 lines or steps could not be read" in said
     data = unpack(page, 0, 1)
@@ -189,7 +189,7 @@ def test_size_is_kept_by_showing_fewer_iterations(tmp_path):
     folder = write_run(tmp_path / "run", iterations=30)
     for number, episodes in enumerate(said):
         text = "".join(json.dumps(line) + "\n" for line in episodes)
-        (folder / "episodes" / f"{number:06d}.jsonl").write_text(text)
+        (folder / "episodes" / f"{number:06d}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     whole = page_of(folder)
     base = len(page_of(folder, limit=0).encode())
     assert len(whole) - base > 400_000 and "for its size" not in whole
@@ -209,7 +209,9 @@ def test_guidelines_are_those_that_the_run_recorded(tmp_path):
     folder = write_run(tmp_path / "run", guidelines=["be quick", "</script>"])
     data = unpack(page_of(folder), 0, 1)
     assert [data["strings"][i] for i in data["guidelines"]] == ["be quick", "</script>"]
-    (folder / "episodes" / "000001.jsonl").write_text(json.dumps(episode(0, 0, [step(0)])) + "\n")
+    (folder / "episodes" / "000001.jsonl.gz").write_bytes(
+        gzip.compress((json.dumps(episode(0, 0, [step(0)])) + "\n").encode())
+    )
     assert unpack(page_of(folder), 0, 1)["guidelines"] is None
 
 
@@ -239,7 +241,7 @@ def nasty_run(folder):
     results = {NASTY[0]: RESULT | {"types": {NASTY[1]: RATE}, "trained_on": [NASTY[2]]}}
     write_run(folder, 2, episodes, NASTY, config, results, {name: 0.5 for name in NASTY[:9]}, questions)
     (folder / "machine.json").write_text(json.dumps({said: said for said in NASTY} | {"a": [{"b": NASTY[0]}]}))
-    with (folder / "episodes" / "000001.jsonl").open("ab") as file:
+    with gzip.open(folder / "episodes" / "000001.jsonl.gz", "ab") as file:
         file.write(
             b"[" * 200_000 + b"\n" + b'{"steps": [{"observation": "\xff\xfe<script>window.hacked = 8</script>"}]}\n{"to'
         )

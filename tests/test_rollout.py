@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import time
 from collections import Counter
 from datetime import timedelta
@@ -19,6 +20,7 @@ import torch
 import torch._dynamo.config as dynamo
 import torch._inductor.config as inductor
 
+import engine as engine_module
 import envs
 import prompts
 from config import ConfigError
@@ -26,7 +28,6 @@ from engine import (
     Completion,
     Engine,
     SamplingParams,
-    TransformersEngine,
     VllmEngine,
     check_weight_sync,
     make_engine,
@@ -37,6 +38,7 @@ from environments import alfworld, scienceworld
 from model import LanguageModel, load_model, token_logprobs
 from packing import Sample, lay_out
 from rollout import Episode, play
+from transformers_engine import PaddedEngine, TransformersEngine
 
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 
@@ -69,7 +71,13 @@ def slow_engine(config, policy) -> TransformersEngine:
     return made
 
 
-@pytest.fixture(params=["engine", "slow_engine"])
+@pytest.fixture(scope="module")
+def padded_engine(config, policy) -> PaddedEngine:
+    """What serves models that are more than plain attention."""
+    return PaddedEngine(policy, config.rollout.concurrency)
+
+
+@pytest.fixture(params=["engine", "slow_engine", "padded_engine"])
 def any_engine(request) -> Engine:
     return request.getfixturevalue(request.param)
 
@@ -81,7 +89,7 @@ def tasks(config) -> list[envs.Task]:
 
 @pytest.fixture(scope="module")
 def prompt_ids(config, policy, small_games) -> list[list[int]]:
-    return [policy.encode(row["prompt"]) for row in tiny.chat_rows(small_games)[:12]]
+    return [policy.chat.encode(row["prompt"]) for row in tiny.chat_rows(small_games)[:12]]
 
 
 def params(count: int, temperature: float = 1.0, max_tokens: int = 12, first: int = 0) -> list[SamplingParams]:
@@ -104,7 +112,7 @@ def test_logprobs_are_the_trainers(any_engine, policy, prompt_ids, temperature):
     completions = any_engine.generate(prompt_ids, params(12, temperature))
     assert gap(policy, prompt_ids, completions, temperature) < 1e-4
     assert gap(policy, prompt_ids, completions, 1.5 - temperature) > 1e-2  # of this temperature and no other
-    end = policy.tokenizer.eos_token_id
+    end = policy.chat.tokenizer.eos_token_id
     for completion in completions:
         assert len(completion.logprobs) == len(completion.ids) <= 12
         assert end not in completion.ids[:-1] and (completion.ids[-1] == end or len(completion.ids) == 12)
@@ -161,13 +169,13 @@ def test_an_untouched_generator_and_thread_count(engine, config, policy):
 def test_the_end_of_turn_alone_ends_a_reply(engine, policy, prompt_ids, monkeypatch):
     """Published models bring a generation_config.json; Qwen2.5's names a second token, at which vLLM would stop."""
     plain = [completion.ids for completion in engine.generate(prompt_ids, params(12))]
-    named = [policy.tokenizer.eos_token_id, plain[0][1]]
+    named = [policy.chat.tokenizer.eos_token_id, plain[0][1]]
     monkeypatch.setitem(engine.llm.llm_engine.input_processor.generation_config_fields, "eos_token_id", named)
     assert [completion.ids for completion in engine.generate(prompt_ids, params(12))] == plain
 
 
 def test_engine_notices_weights_that_were_not_synced(engine, config, policy, prompt_ids, monkeypatch):
-    monkeypatch.setattr("engine.WEIGHT_SYNC_BOUND", 0.05)
+    monkeypatch.setitem(engine_module.MISMATCH_BOUNDS, torch.float32, 0.05)
     kept = copy.deepcopy(policy.model.state_dict())
     given = params(12)
     before = engine.generate(prompt_ids, given)
@@ -215,18 +223,6 @@ def test_a_difference_that_is_not_a_number_fails(slow_engine, config, policy, pr
     finally:
         del slow_engine.generate
         policy.model.load_state_dict(kept)
-
-
-def test_transformers_engine_ignores_the_models_own_sampling_habits(slow_engine, policy, prompt_ids):
-    """Published models bring a generation_config.json; Qwen2.5's has a repetition penalty."""
-    plain = slow_engine.generate(prompt_ids[:4], params(4))
-    habits = policy.model.generation_config
-    kept = copy.deepcopy(habits)
-    try:
-        habits.update(repetition_penalty=1.3, do_sample=True, temperature=0.2, top_p=0.5, top_k=3)
-        assert slow_engine.generate(prompt_ids[:4], params(4)) == plain
-    finally:
-        policy.model.generation_config = kept
 
 
 @pytest.fixture
@@ -377,8 +373,9 @@ def test_records_are_what_happened(engine, config, policy, episodes):
             history = tuple((past.observation, past.action) for past in episode.steps[max(0, index - 2) : index])
             ctx = prompts.PromptContext("alfworld", seen.task, seen.text, seen.actions, history, index)
             text = prompts.build_prompt(ctx)
-            assert step.prompt == text and step.prompt_ids == policy.encode(text)
-            assert step.response == policy.decode(step.response_ids) and len(step.logprobs) == len(step.response_ids)
+            assert step.prompt == text and step.prompt_ids == policy.chat.encode(text)
+            assert step.response == policy.chat.reply(step.response_ids)
+            assert len(step.logprobs) == len(step.response_ids)
             reply = prompts.parse_reply(step.response)
             assert (step.action, step.valid, step.thought) == (reply.action, reply.valid, reply.thought)
             assert step.available == (step.action in seen.actions)
@@ -435,7 +432,7 @@ def test_members_temperature_guidelines_and_history(engine, config, tasks):
 def test_a_long_prompt_drops_its_history_or_is_refused(engine, config, tasks, policy, episodes):
     seen = alfworld.make(config.env).reset(tasks[0])
     ctx = prompts.PromptContext("alfworld", seen.task, seen.text, seen.actions)
-    bare = len(policy.encode(prompts.build_prompt(ctx)))
+    bare = len(policy.chat.encode(prompts.build_prompt(ctx)))
     with pytest.raises(ValueError, match="raise rollout.max_prompt_tokens"):
         played(engine, tiny.changed(config, f"rollout.max_prompt_tokens={bare - 1}"), tasks[:1])
     longest = max(len(step.prompt_ids) for episode in episodes for step in episode.steps)
@@ -620,5 +617,5 @@ def test_the_benchmark_prints_its_ratios(small_games: Path, tmp_path: Path) -> N
     sizes = ("--games", "2", "--group-size", "2", "--repeats", "1", "--delay", "0.01")
     printed = tiny.run("benchmarks/rollout.py", "--ckpt", tiny.checkpoint(small_games), "--config",
                        tiny.ROOT / "configs/quickstart.yaml", *sizes, "--set", *sets, cwd=tmp_path)  # fmt: skip
-    ratios = [line.split() for line in printed.splitlines() if line.strip().startswith("ratio")]
-    assert len(ratios) == 2 and all(float(ratio[1]) > 0 and float(ratio[4]) > 0 for ratio in ratios), printed
+    ratios = re.findall(r"^  / .*?  +(\d+\.\d+) \[.*?\] +(\d+\.\d+) \[", printed, re.MULTILINE)
+    assert len(ratios) == 5 and all(float(ratio) > 0 for pair in ratios for ratio in pair), printed

@@ -1,6 +1,7 @@
 """ScienceWorld: the simulator against the stock wrapper; splits, gold paths, faults, teacher, words."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -272,10 +273,11 @@ def test_a_killed_machine_is_started_anew_and_spares_nobody(env_cfg):
     assert len(processes) == 1
 
 
-def test_a_machine_without_memory_says_which_setting_to_raise(tmp_path):
+def test_a_machine_without_memory_says_which_setting_to_raise(caplog):
     env = scienceworld.make(EnvConfig(name="scienceworld", machine_heap_mib=16))
-    with pytest.raises(RuntimeError, match="env.machine_heap_mib=16"):
+    with pytest.raises((RuntimeError, ConfigError), match="env.machine_heap_mib=16"):
         env.reset(task("mendelian-genetics-known-plant"))
+    assert not caplog.records  # py4j logs tracebacks, in part to the root logger
 
 
 def test_table_of_gold_paths(env_cfg):
@@ -362,3 +364,31 @@ def test_presets_are_checked():
     with pytest.raises(ConfigError, match="without a solution"):
         check(simplification=dark, task_types=("boil", "melt"))  # the held-out types are still the published ones
     check(simplification=dark, task_types=("boil", "melt"), held_out_types=("melt",))
+
+
+def test_the_simulator_takes_what_the_check_takes(env_cfg):
+    """All pairs of presets, and odd spellings, in one machine."""
+    simulator, presets = engine.Simulator(engine.machine(env_cfg)), scienceworld.SIMPLIFICATIONS
+    told = ["", *presets, *map(",".join, itertools.permutations(presets, 2)), ",".join(presets[1:]), "easy,easy"]
+    odd = [",openDoors", "openDoors,,teleportAction", "easy,", "openDoors,openDoors", "Easy", "esay"]
+    for text in (*told, *odd):
+        env = EnvConfig(name="scienceworld", simplification=text, task_types=("boil",), held_out_types=("melt",))
+        try:
+            envs.check(env)
+        except ConfigError as error:
+            assert str(error).startswith("env.simplification") and "\n" not in str(error)
+            with pytest.raises(RuntimeError, match="Unknown simplification label"):
+                simulator.load("boil", 0, text)
+        else:
+            assert simulator.load("boil", 0, text).accepted
+    with pytest.raises(ConfigError, match=r"easy stands for .*teleportAction.*; the simulator takes it alone"):
+        envs.check(EnvConfig(name="scienceworld", simplification="easy,teleportAction"))
+
+
+def test_an_environment_that_refuses_every_reset_is_quoted(env_cfg, monkeypatch):
+    """What its check lets through, here since it is not asked, ends a run before it begins."""
+    monkeypatch.setattr(scienceworld, "machine", lambda _: engine.machine(env_cfg))  # one that runs already
+    wrong = dataclasses.replace(env_cfg, simplification="easy,teleportAction")
+    with pytest.raises(ConfigError, match="scienceworld's reset.*boil/0.*: ERROR: Unknown simplification label: easy"):
+        envs.check_reset(wrong, envs.tasks(wrong, "L0", "train"))
+    envs.check_reset(env_cfg, envs.tasks(env_cfg, "L0", "eval"))

@@ -498,7 +498,7 @@ def test_equation_2_of_the_definition():
 def test_nthr_weakens_the_lost_responses_selected_tokens_alone(seed, wins):
     _, hidden, _, error, row = random_responses(seed, (4, 3, 3, 2))
     won = torch.tensor(wins, dtype=torch.bool)[row]
-    factor, found = baselines.nthr_weights(hidden, error, row, won, beta=0.3, eta=0.25)
+    factor, found = baselines.nthr_weights(hidden, error.__getitem__, row, won, beta=0.3, eta=0.25)
     influence = torch.stack(
         [
             sum((g @ e) * (h @ x) for g, h in zip(error[won], hidden[won], strict=True))
@@ -511,7 +511,7 @@ def test_nthr_weakens_the_lost_responses_selected_tokens_alone(seed, wins):
     assert factor.tolist() == torch.where(selected, 0.25, 1.0).tolist()
     assert found["selected"] == int(selected.sum())
     for alike in (won | True, won & False):
-        assert baselines.nthr_weights(hidden, error, row, alike, beta=0.3, eta=0.25)[0].eq(1).all()
+        assert baselines.nthr_weights(hidden, error.__getitem__, row, alike, beta=0.3, eta=0.25)[0].eq(1).all()
 
 
 # ---- The command ----

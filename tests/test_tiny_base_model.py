@@ -13,8 +13,10 @@ import pytest
 import tiny
 import torch
 
+import chat_rows
 import prompts
 import sft_data
+from chat import ChatFormat
 from config import Config, ConfigError, EnvConfig, SFTConfig
 from model import LanguageModel, load_model
 from prompts import PromptContext, build_prompt
@@ -53,7 +55,8 @@ def corpus(rows) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(corpus) -> LanguageModel:
-    return LanguageModel(*tiny_base_model.build(corpus, 0, **SIZES), torch.device("cpu"))
+    built = tiny_base_model.build(corpus, 0, **SIZES)
+    return LanguageModel(built[0], ChatFormat(built[1]), torch.device("cpu"))
 
 
 # ---- Rows
@@ -91,19 +94,19 @@ def test_other_environments_have_no_rows(small_games):
 
 def test_a_reply_comes_back_from_its_tokens(made, rows):
     for text in [answer for _, answer in rows] + TRICKY:
-        ids = made.encode_reply(text)
-        assert ids[-1] == made.tokenizer.eos_token_id == made.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert made.decode(ids) == text
+        ids = made.chat.encode_reply(text)
+        assert ids[-1] == made.chat.tokenizer.eos_token_id == made.chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert made.chat.reply(ids) == text
 
 
 def test_chat_format(made, rows):
     for text in [question for question, _ in rows[:20]] + TRICKY:
-        seen = made.tokenizer.decode(made.encode(text), skip_special_tokens=False)
+        seen = made.chat.tokenizer.decode(made.chat.encode(text), skip_special_tokens=False)
         assert seen == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_templates_are_few_tokens(made, rows):
-    assert np.mean([len(made.encode(question)) for question, _ in rows]) < 200
+    assert np.mean([len(made.chat.encode(question)) for question, _ in rows]) < 200
     assert np.mean([len(question) for question, _ in rows]) > 1000
 
 
@@ -135,11 +138,11 @@ def test_model_depends_on_corpus_and_seed_alone(made, corpus, tmp_path):
     """Also in a process that orders its sets otherwise, and where no text says which of the phrases are learned."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert digest(*tiny_base_model.build(corpus, 0, **SIZES)) == digest(made.model, made.tokenizer)
+    assert digest(*tiny_base_model.build(corpus, 0, **SIZES)) == digest(made.model, made.chat.tokenizer)
     assert torch.equal(before, torch.get_rng_state())  # and it leaves the global generator alone
-    assert digest(*tiny_base_model.build(corpus, 1, **SIZES)) != digest(made.model, made.tokenizer)
+    assert digest(*tiny_base_model.build(corpus, 1, **SIZES)) != digest(made.model, made.chat.tokenizer)
     bare = tiny_base_model.build(["No phrase."], 0, **SIZES)
-    assert bare[1].get_vocab() != made.tokenizer.get_vocab()
+    assert bare[1].get_vocab() != made.chat.tokenizer.get_vocab()
     code = (
         "import json, pathlib, sys\nfrom tools import tiny_base_model\nimport test_tiny_base_model as test\n"
         "for corpus in (json.loads(pathlib.Path(sys.argv[1]).read_text()), ['No phrase.']):\n"
@@ -151,7 +154,7 @@ def test_model_depends_on_corpus_and_seed_alone(made, corpus, tmp_path):
         environment = tiny.environment(PYTHONHASHSEED=seed, PYTHONPATH=f"{tiny.ROOT}:{tiny.ROOT / 'tests'}")
         command = [sys.executable, "-c", code, str(texts)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.stdout.split() == [digest(made.model, made.tokenizer), digest(*bare)], done.stderr
+        assert done.stdout.split() == [digest(made.model, made.chat.tokenizer), digest(*bare)], done.stderr
 
 
 def test_no_text_is_an_error():
@@ -174,16 +177,16 @@ def test_rows_and_a_model_that_training_can_start_from(small_games, tmp_path, mo
     )
     file, folder = tmp_path / "data" / "rows.jsonl", tmp_path / "models" / "start"
     command(monkeypatch, "rows", tmp_path / "mine.yaml", "--out", file, "--set", "sft.judge_examples=6")
-    read = sft_data.read_rows(file)
+    read = chat_rows.read_rows(file)
     assert [path.name for path in file.parent.iterdir()] == ["rows.jsonl"] and len(read) > 40
     assert [prompts.parse_critique(row["response"]).score for row in read[-6:]] == [0, 0, 0, 1, 1, 1]
     command(monkeypatch, "init", "--rows", file, "--out", folder, "--seed", 7)
     loaded = load_model(Config(device="cpu"), path=str(folder))
-    texts = [row["prompt"] + row["response"] for row in read]
-    assert digest(loaded.model, loaded.tokenizer) == digest(*tiny_base_model.build(texts, 7))
+    texts = [chat_rows.text_of(row) for row in read]
+    assert digest(loaded.model, loaded.chat.tokenizer) == digest(*tiny_base_model.build(texts, 7))
     sizes = loaded.model.config
     assert (sizes.hidden_size, sizes.num_hidden_layers, sizes.num_attention_heads) == (128, 4, 4)
-    assert sizes.vocab_size == len(loaded.tokenizer) and sizes.eos_token_id == loaded.tokenizer.eos_token_id
+    assert sizes.vocab_size == len(loaded.chat.tokenizer) and sizes.eos_token_id == loaded.chat.tokenizer.eos_token_id
 
 
 def test_added_phrases_leave_the_model_as_it_was(tmp_path, monkeypatch):
@@ -191,13 +194,13 @@ def test_added_phrases_leave_the_model_as_it_was(tmp_path, monkeypatch):
     base = tiny.ROOT / "assets" / "base"
     command(monkeypatch, "phrases", base, "--out", tmp_path / "more")
     one, other = (load_model(Config(device="cpu"), path=str(folder)) for folder in (base, tmp_path / "more"))
-    had, weight = len(one.tokenizer), other.model.get_input_embeddings().weight
-    assert len(other.tokenizer) == len(weight) == had + 23 and other.model.get_output_embeddings().weight is weight
-    assert other.tokenizer.get_vocab().items() >= one.tokenizer.get_vocab().items()
+    had, weight = len(one.chat.tokenizer), other.model.get_input_embeddings().weight
+    assert len(other.chat.tokenizer) == len(weight) == had + 23 and other.model.get_output_embeddings().weight is weight
+    assert other.chat.tokenizer.get_vocab().items() >= one.chat.tokenizer.get_vocab().items()
     assert torch.equal(weight[:had], one.model.get_input_embeddings().weight)
     torch.testing.assert_close(weight[had:], weight[:had].mean(0).expand(23, -1))
     prompt = build_prompt(PromptContext("alfworld", "t", "seen", ("look",), style="rlvmr"))
-    assert len(other.encode(prompt)) < len(one.encode(prompt)) / 2
+    assert len(other.chat.encode(prompt)) < len(one.chat.encode(prompt)) / 2
     with torch.no_grad():
-        logits = [made.model(torch.tensor([one.encode(prompt)])).logits for made in (one, other)]
+        logits = [made.model(torch.tensor([one.chat.encode(prompt)])).logits for made in (one, other)]
     torch.testing.assert_close(logits[1][..., :had], logits[0])

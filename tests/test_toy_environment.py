@@ -1,5 +1,6 @@
 """A user's environment: one module in a folder of their own is trained, judged and evaluated, without any edit here."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import sft_data
 import train_rl
 import train_sft
 from config import Config, ConfigError
+from evaluate import newest_evaluation
 from tools import tiny_base_model
 
 TOY = Path(__file__).with_name("toy_environment.py")
@@ -85,7 +87,7 @@ def test_a_cold_start_a_training_and_an_evaluation(there: Path) -> None:
     check_training(there / "runs" / "rl")
 
     printed = tiny.run("evaluate.py", "--ckpt", "runs/rl/checkpoints/latest", cwd=there)
-    assert "runs/rl/eval.json" in printed
+    assert "runs/rl/eval_" in printed
     check_evaluation(there / "runs" / "rl")
 
 
@@ -111,9 +113,9 @@ def check_training(run: Path) -> None:
 
 
 def check_evaluation(run: Path) -> None:
-    record = json.loads((run / "eval.json").read_text())
+    record = json.loads(newest_evaluation(run).read_text())
     assert list(record["levels"]) == ["L0", "L1", "L2"]
-    played = [json.loads(line) for line in (run / "eval_episodes.jsonl").open()]
+    played = [json.loads(line) for line in gzip.open(next(run.glob("eval_*_episodes.jsonl.gz")), "rt")]
     for number, (level, result) in enumerate(record["levels"].items()):
         episodes = played[12 * number : 12 * (number + 1)]
         assert result["n"] == len(episodes) == 12
@@ -131,7 +133,7 @@ def check_evaluation(run: Path) -> None:
 
 def test_without_expert_and_teacher_one_can_train_and_learn_rows_of_ones_own(there: Path) -> None:
     (there / "rows.jsonl").write_text("")
-    train_sft.preflight(load("env.name=my_games.bare", "sft.data=rows.jsonl", BASE), 1)
+    train_sft.preflight(load("env.name=my_games.bare", "sft.data=rows.jsonl", "sft.variant=vanilla", BASE), 1)
     tasks = train_rl.preflight(load("env.name=my_games.bare", "judge.teacher=none", BASE), 1)
     assert len(tasks) == 30 and {task.env for task in tasks} == {"my_games.bare"}
 

@@ -530,7 +530,7 @@ METHODS = {
     "gigpo": ["algo.advantage=gigpo"],
     "rlvmr": ["algo.advantage=rlvmr", "prompt_style=rlvmr", "rollout.max_prompt_tokens=1600"],
     "ppo": ["algo.advantage=ppo", "rollout.groups=8", "rollout.group_size=1", "train.critic_lr=0.01"],
-    "nthr": ["algo.advantage=grpo", "algo.nthr=true", "algo.nthr_beta=0", "env.max_steps=12"],
+    "nthr": ["algo.advantage=grpo", "algo.nthr=true", "algo.nthr_beta=0", "env.max_steps=12", "seed=1"],
 }
 
 

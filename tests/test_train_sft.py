@@ -16,17 +16,20 @@ import toy_environment
 from transformers import get_cosine_schedule_with_warmup
 
 import train_sft
-from config import Config, ConfigError, EnvConfig, SFTConfig
+from chat_rows import text_of
+from config import Config, ConfigError, EnvConfig, ModelConfig, SFTConfig
 from model import all_logprobs, load_model
 from sft_data import chat
 from train_sft import imitate, learning_rate, preflight, tokenise, updates
+
+BASE = str(tiny.ROOT / "assets" / "base")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The start
 
 
 def in_the_lighthouse(**sft) -> Config:
-    return Config(env=EnvConfig(name="toy_environment"), sft=SFTConfig(**sft))
+    return Config(model=ModelConfig(path=BASE), env=EnvConfig(name="toy_environment"), sft=SFTConfig(**sft))
 
 
 @pytest.mark.parametrize(
@@ -59,21 +62,44 @@ def test_what_an_environment_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         preflight(there, 1)
     file = tmp_path / "rows.jsonl"
     file.write_text("")
-    preflight(dataclasses.replace(there, sft=SFTConfig(variant="generative", noise=0.5, data=str(file))), 1)
+    preflight(dataclasses.replace(there, sft=SFTConfig(noise=0.5, data=str(file))), 1)  # nobody plays
 
 
 def test_rows_of_ones_own(tmp_path: Path) -> None:
     """No expert, no environment's words: the file's rows are learned as they stand."""
+    tiny.join()
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(chat(f"question {n}", f"answer {n}")) + "\n" for n in range(3)))
-    rows = train_sft.load_rows(in_the_lighthouse(data=str(file)))
-    assert rows == [{"prompt": f"question {n}", "response": f"answer {n}"} for n in range(3)]
+    rows = [chat(f"question {n}", f"answer {n}") for n in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = train_sft.load_rows(in_the_lighthouse(data=str(file)))
+    assert read == [{"prompt": row["messages"][:1], "response": row["messages"][1]["content"]} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("lacks", "sft", "message"),
+    [
+        ("make_teacher", {}, r"has no make_teacher.*sft.variant=vanilla"),
+        ("make_expert", {}, r"has no make_expert"),
+        ("TEMPLATES", {"noise": 0.5}, r"has no TEMPLATES.slip"),
+    ],
+)
+def test_critics_beside_ones_own_rows_are_made_here(
+    lacks: str, sft: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    monkeypatch.delattr(toy_environment, lacks, raising=False)
+    config = in_the_lighthouse(variant="generative", data=str(tmp_path / "rows.jsonl"), **sft)
+    with pytest.raises(ConfigError, match=message):
+        preflight(config, 1)
+    preflight(dataclasses.replace(config, sft=dataclasses.replace(config.sft, variant="vanilla")), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens and mini-batches
 
-LETTERS = SimpleNamespace(encode=lambda text: [*map(ord, text)], encode_reply=lambda text: [*map(ord, text), 0])
+LETTERS = SimpleNamespace(
+    chat=SimpleNamespace(encode=lambda text: [*map(ord, text)], encode_reply=lambda text: [*map(ord, text), 0])
+)
 
 
 @pytest.mark.parametrize(
@@ -90,10 +116,14 @@ def test_tokens_and_their_weights(prompt_loss: float, prompt: str, targets: list
     assert np.array_equal(weight_T, weights)
 
 
+def row_of(prompt: str, response: str) -> dict:
+    return {"prompt": [{"role": "user", "content": prompt}], "response": response}
+
+
 @pytest.mark.parametrize(("rows", "per_update"), [(0, 4), (1, 4), (4, 4), (7, 3), (1000, 7), (64, 64), (130, 1)])
 def test_an_epoch_has_every_row_once(rows: int, per_update: int) -> None:
     rng = random.Random(0)
-    made = [{"prompt": "p" * rng.randrange(100), "response": "r" * rng.randrange(9)} for _ in range(rows)]
+    made = [row_of("p" * rng.randrange(100), "r" * rng.randrange(9)) for _ in range(rows)]
     batches = updates(made, per_update, random.Random(1))
     assert sorted(index for batch in batches for index in batch) == list(range(rows))
     assert sorted(map(len, batches), reverse=True) == [per_update] * (rows // per_update) + [rows % per_update] * (
@@ -106,10 +136,11 @@ def test_an_epoch_has_every_row_once(rows: int, per_update: int) -> None:
 
 def test_mini_batches_hold_rows_of_similar_length() -> None:
     rng = random.Random(0)
-    rows = [{"prompt": "p" * rng.randrange(1000), "response": ""} for _ in range(800)]
-    spreads = [np.ptp([len(rows[index]["prompt"]) for index in batch]) for batch in updates(rows, 16, random.Random(0))]
+    rows = [row_of("p" * rng.randrange(1000), "") for _ in range(800)]
+    lengths = [[len(text_of(rows[index])) for index in batch] for batch in updates(rows, 16, random.Random(0))]
+    spreads = [np.ptp(batch) for batch in lengths]
     assert np.mean(spreads) < 50  # about 940 in batches drawn at random
-    means = [np.mean([len(rows[index]["prompt"]) for index in batch]) for batch in updates(rows, 16, random.Random(0))]
+    means = [np.mean(batch) for batch in lengths]
     assert means != sorted(means)  # but the batches come in random order
 
 
@@ -131,7 +162,7 @@ def test_learning_rates_are_those_of_transformers(total: int, warmup_ratio: floa
 
 def test_the_loss_is_a_mean_over_all_weights_however_it_is_batched() -> None:
     tiny.join()
-    model = load_model(Config(device="cpu"), path=str(tiny.ROOT / "assets" / "base"))
+    model = load_model(Config(device="cpu"), path=BASE)
     rows = [{"prompt": "go to " * n, "response": "look at the mug " * (1 + n % 3)} for n in range(1, 9)]
     batch = [(row, *tokenise(model, row, 0.5)) for row in rows]
     logprobs = all_logprobs(model, [sample for _, sample, _ in batch], 4096, 1.0)

@@ -13,7 +13,7 @@ import torch
 import prompts
 import sft_data
 import train_sft
-from checkpoint import save_model
+from checkpoint import resume
 from config import Config, ConfigError, EnvConfig, SFTConfig
 from model import load_model
 from packing import lay_out
@@ -38,7 +38,8 @@ def test_rows_are_the_generative_ones_without_words(small_games: Path) -> None:
 
 
 def test_it_needs_steps_that_are_judged_here(small_games: Path, tmp_path: Path) -> None:
-    config = tiny.sft_config(small_games)
+    base = tiny.ROOT / "assets" / "base"
+    config = tiny.changed(tiny.sft_config(small_games), f"model.path={base}")
     value_sft.preflight(config, 1)
     (tmp_path / "rows.jsonl").write_text("")
     for change in ({"variant": "vanilla"}, {"data": str(tmp_path / "rows.jsonl")}):
@@ -61,7 +62,7 @@ def test_the_head_learns_to_classify(small_games: Path, tmp_path: Path, monkeypa
     model = load_model(config)
     head = value_sft.value_head(model)
     monkeypatch.setattr(train_sft, "RECORD_EVERY", 1)
-    value_sft.train(model, head, rows, config)
+    value_sft.train(model, head, rows, config, resume(config, rows=map(json.dumps, rows)))
     records = [json.loads(line) for line in (tmp_path / "runs" / "value" / "metrics.jsonl").read_text().splitlines()]
     accuracy = [record["train/value_accuracy"] for record in records if "train/value_accuracy" in record]
     assert np.mean(accuracy[-8:]) > 0.8 > np.mean(accuracy[:4])
@@ -74,6 +75,6 @@ def test_the_head_learns_to_classify(small_games: Path, tmp_path: Path, monkeypa
                  for one in labelled]  # fmt: skip
         again, _ = value_sft.classification_loss(model, head, lay_out(whole, model.packing), [0] * 8 + [1] * 8)
     assert right >= 13 and torch.equal(loss, again)  # a reply is judged where it ends, wherever it is said to begin
-    save_model(model, tmp_path / "final", state={"value_head": head.state_dict()})
-    kept = torch.load(tmp_path / "final" / "trainer" / "state.pt", weights_only=True)["value_head"]
-    assert torch.equal(kept["weight"], head.weight) and load_model(config, path=str(tmp_path / "final"))
+    final = tmp_path / "runs" / "value" / "checkpoints" / "final"
+    kept = torch.load(final / "trainer" / "state.pt", weights_only=True)["extra"]["head"]
+    assert torch.equal(kept["weight"], head.weight) and load_model(config, path=str(final))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gzip
 import json
 import os
 import random
@@ -70,13 +71,14 @@ def checkpoint(games: Path, style: str = "think") -> Path:
     import distributed
     import model
     import train_sft
+    from chat import ChatFormat
     from packing import lay_out
     from tools import tiny_base_model
 
     config = sft_config(games, style)
     folder = games.with_name(f"tiny_{style}") / "checkpoints" / "000001"
     built = tiny_base_model.build(corpus(games), config.seed, hidden=64, layers=2, heads=2, vocab=800)
-    policy = model.place_on_device(config, *built)
+    policy = model.place_on_device(config, built[0], ChatFormat(built[1]))
     rows = []
     for row in chat_rows(games, style):
         short = {key: re.sub(r"<(\w+)>(Plan: |Need).*?</\1>", r"<\1>So.</\1>", text) for key, text in row.items()}
@@ -117,8 +119,8 @@ def samples(games: Path, policy, config: Config) -> list:
     rng = np.random.default_rng(0)
     made = [
         Sample(
-            np.array(policy.encode(text["prompt"])[-rng.integers(1, 150) :], dtype=np.int32),
-            np.array(policy.encode_reply(text["response"])[: rng.integers(1, 30)], dtype=np.int32),
+            np.array(policy.chat.encode(text["prompt"])[-rng.integers(1, 150) :], dtype=np.int32),
+            np.array(policy.chat.encode_reply(text["response"])[: rng.integers(1, 30)], dtype=np.int32),
             advantage=0.0 if index % 4 == 3 else float(rng.normal()),
             is_critique=index % 3 == 2,
         )
@@ -149,7 +151,7 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def episodes_of(run: Path, iteration: int) -> tuple[list[dict], dict]:
-    *episodes, extra = map(json.loads, (run / "episodes" / f"{iteration:06d}.jsonl").read_text().splitlines())
+    *episodes, extra = map(json.loads, gzip.open(run / "episodes" / f"{iteration:06d}.jsonl.gz", "rt"))
     return episodes, extra
 
 

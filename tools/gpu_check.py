@@ -48,12 +48,14 @@ import model
 import train_rl
 from baselines import PPO
 from benchmarks.update import Peak
+from chat import ChatFormat
 from checkpoint import TrainState, resume, save_checkpoint
 from config import Config
 from distributed import Optimizer, adamw, full_tensor, init_distributed, select_device
 from engine import SamplingParams, check_weight_sync, make_engine, sync_weights
 from logger import PhaseTimer
 from model import LanguageModel
+from model_files import base_of, load_tokenizer
 from packing import Sample
 from samples import mini_batches, set_importance_weights
 from tools import memory
@@ -151,7 +153,7 @@ def random_policy(config: Config, alone: bool = False) -> LanguageModel:
         dtype = torch.float32 if config.model.tune == "full" else model.compute_dtype(config)
         made = AutoModelForCausalLM.from_config(sizes, dtype=dtype)
     path = config.model.path
-    return model.place_on_device(config, made, model.load_tokenizer(path), model.base_of(path))
+    return model.place_on_device(config, made, ChatFormat(load_tokenizer(path, config)), base_of(path, config))
 
 
 def compare(one: dict[str, Tensor], other: dict[str, Tensor], start: dict, most: float) -> str:

@@ -23,7 +23,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from config import Config, ConfigError
-from model import LOGIT_CHUNK, base_of
+from model import LOGIT_CHUNK
+from model_files import base_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -80,7 +81,7 @@ def model_sizes(config: Config) -> PretrainedConfig | None:
     if path in PUBLISHED:
         return Qwen2Config(**dict(zip(SIZES, PUBLISHED[path], strict=True)))
     try:
-        return AutoConfig.from_pretrained(base_of(path))
+        return AutoConfig.from_pretrained(base_of(path, config))
     except (OSError, ValueError, ConfigError):
         return None
 

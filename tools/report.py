@@ -21,6 +21,7 @@ import json
 import math
 import re
 import sys
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ class Run:
     name: str
     config: dict[str, str] = field(default_factory=dict)  # by dotted key, as written
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)  # name -> iteration -> value
-    results: dict[str, dict] = field(default_factory=dict)  # eval.json's levels
+    results: dict[str, dict] = field(default_factory=dict)  # levels of the newest evaluation
     machine: dict[str, str] = field(default_factory=dict)  # what it ran on
     start: Path | None = None  # the run that it started from
     episodes: list[Path] = field(default_factory=list)
@@ -135,9 +136,9 @@ def read_run(folder: Path) -> Run:
     run = Run(folder, folder.resolve().name)
     run.config = _read_config(folder / "config.yaml", run.notes)
     run.metrics = _read_metrics(folder / "metrics.jsonl", run.notes)
-    run.results = _read_results(folder / "eval.json", run.notes)
+    run.results = _read_results(folder, run.notes)
     run.machine = _read_machine(folder / "machine.json", run.notes)
-    run.episodes = sorted(path for path in (folder / "episodes").glob("*.jsonl") if path.stem.isdecimal())
+    run.episodes = sorted(path for path in (folder / "episodes").glob("*.jsonl.gz") if _iteration(path) >= 0)
     if not run.episodes:
         run.notes.append("no episodes/: there is nothing to browse (train.episodes_every says how often they are kept)")
     start = configuration.run_folder(run.config.get("model.path", ""))
@@ -146,8 +147,8 @@ def read_run(folder: Path) -> Run:
         run.start = next((place for place in places if place.is_dir()), None)
         if run.start is None:
             run.notes.append(f"the run it started from, {start}, is not here: nothing to compare with")
-        elif not (run.start / "eval.json").is_file():
-            run.notes.append(f"the run it started from, {start}, has no eval.json: nothing to compare with")
+        elif not any(run.start.glob("eval_*.json")):
+            run.notes.append(f"the run it started from, {start}, has no eval_*.json: nothing to compare with")
     return run
 
 
@@ -159,9 +160,26 @@ def parse(text: str) -> Any:
         return None
 
 
+def _iteration(path: Path) -> int:
+    """Read the iteration off the name of its record, 000012.jsonl.gz; -1 for other names."""
+    number = path.name.removesuffix(".jsonl.gz")
+    return int(number) if number.isdecimal() else -1
+
+
 def read_lines(path: Path) -> tuple[list[dict], int]:
-    """Read a file's JSON objects, one a line, and count the lines that hold none (a killed run tears its last)."""
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    """Read a file's JSON objects, one a line, and count the lines that hold none (a killed run tears its last).
+
+    A compressed file that is torn, or none, counts as one such line.
+    """
+    parts = []
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while part := file.read(2**16):
+                parts.append(part)
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        parts.append(b"\n(torn)")
+    text = b"".join(parts).decode("utf-8", errors="replace")
+    lines = [line for line in text.split("\n") if line.strip()]
     objects = [record for record in map(parse, lines) if isinstance(record, dict)]
     return objects, len(lines) - len(objects)
 
@@ -207,18 +225,19 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[int, float]]:
     return {name: dict(sorted(values.items())) for name, values in list(metrics.items())[:MOST_METRICS]}
 
 
-def _read_results(path: Path, notes: list[str]) -> dict[str, dict]:
-    if not path.is_file():
-        notes.append("no eval.json: run evaluate.py --ckpt on a checkpoint of this run to fill the table of success")
+def _read_results(folder: Path, notes: list[str]) -> dict[str, dict]:
+    path = max(folder.glob("eval_*.json"), key=lambda file: file.name, default=None)  # of the newest checkpoint
+    if path is None:
+        notes.append("no eval_*.json: run evaluate.py --ckpt on a checkpoint of this run to fill the table of success")
         return {}
     record = parse(path.read_text(encoding="utf-8", errors="replace"))
     levels = record.get("levels") if isinstance(record, dict) else None
     if not isinstance(levels, dict):
-        notes.append("eval.json cannot be read: run evaluate.py again")
+        notes.append(f"{path.name} cannot be read: delete it, and run evaluate.py again")
         return {}
     whole = {name: result for name, result in levels.items() if _is_rate(result)}
     if len(whole) < len(levels):
-        notes.append("eval.json: a level without success, interval or n was left out")
+        notes.append(f"{path.name}: a level without success, interval or n was left out")
     return whole
 
 
@@ -306,7 +325,7 @@ def pack_episodes(run: Run, budget: int) -> tuple[dict[int, str], dict]:
     if len(shown) < len(sizes):
         part = f", its first {groups} tasks" if about["groups"] else ""
         run.notes.append(f"episodes of {len(shown)} of {len(sizes)} iterations{part} are in this page, for its size")
-    return {int(run.episodes[number].stem): data for number, (data, _) in sorted(shown.items())}, about
+    return {_iteration(run.episodes[number]): data for number, (data, _) in sorted(shown.items())}, about
 
 
 def _about_how_large(run: Run) -> int:
@@ -433,7 +452,7 @@ def starts(runs: Sequence[Run]) -> dict[Path, Run]:
     found = {run.folder.resolve(): run for run in runs}
     for run in runs:
         if run.start and (folder := run.start.resolve()) not in found:
-            found[folder] = Run(folder, folder.name, results=_read_results(folder / "eval.json", []))
+            found[folder] = Run(folder, folder.name, results=_read_results(folder, []))
     return found
 
 
@@ -443,7 +462,7 @@ def success_section(runs: Sequence[Run]) -> str:
     levels = sorted({level for run in known.values() for level in run.results})
     if not levels:
         return missing(
-            "No evaluation yet: no run has an eval.json. evaluate.py --ckpt RUN/checkpoints/latest writes it."
+            "No evaluation yet: no run has an eval_*.json. evaluate.py --ckpt RUN/checkpoints/latest writes it."
         )
     order = [run for run in known.values() if run not in runs and run.results] + list(runs)
     parts = []

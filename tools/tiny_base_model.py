@@ -15,7 +15,7 @@ phrases  the same model with tokens for the passages that its tokenizer lacks, f
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import random
 import re
 import sys
@@ -31,11 +31,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+import chat_rows
 import envs
 import prompts
 import sft_data
 from config import Config, ConfigError
-from distributed import progress_bar
 from environments import alfworld, scienceworld
 from model import load_model
 from sft_data import Turn
@@ -54,7 +54,8 @@ def make_rows(config: Config) -> Iterator[dict]:
     """
     if config.env.name != "alfworld":
         raise ConfigError(f"env.name={config.env.name!r}: the tiny base model is one of alfworld")
-    return sft_data.make_rows(config, play=random_episode, judgement=coin)
+    sft = dataclasses.replace(config.sft, variant="generative")  # the same config trains on the rows, as they are
+    return sft_data.make_rows(dataclasses.replace(config, sft=sft), play=random_episode, judgement=coin)
 
 
 def random_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
@@ -241,26 +242,16 @@ def main() -> None:
     arguments = command.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.command == "rows":
-        write_rows(configuration.load(arguments.config, arguments.set), arguments.out)
+        rows = make_rows(configuration.load(arguments.config, arguments.set))
+        print(f"{arguments.out}: {sft_data.write_rows(arguments.out, rows)} rows")
     elif arguments.command == "init":
-        read = sft_data.read_rows(arguments.rows)
-        corpus = [row["prompt"] + row["response"] for row in read[:: len(read) // MOST_TEXTS + 1]]
+        read = chat_rows.read_rows(arguments.rows)
+        corpus = [chat_rows.text_of(row) for row in read[:: len(read) // MOST_TEXTS + 1]]
         save(*build(corpus, arguments.seed), arguments.out)
     else:
         loaded = load_model(Config(device="cpu"), path=arguments.model)
-        add_phrases(loaded.model, loaded.tokenizer)
-        save(loaded.model, loaded.tokenizer, arguments.out)
-
-
-def write_rows(config: Config, path: Path) -> None:
-    """Write make_rows(config) to a file, all of it or nothing."""
-    partial, count = path.with_name(f"{path.name}.partial"), 0
-    with partial.open("w") as file:
-        for row in progress_bar(make_rows(config), desc="rows", unit=" rows"):
-            file.write(json.dumps(row) + "\n")
-            count += 1
-    partial.rename(path)
-    print(f"{path}: {count} rows")
+        add_phrases(loaded.model, loaded.chat.tokenizer)
+        save(loaded.model, loaded.chat.tokenizer, arguments.out)
 
 
 def save(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
