@@ -2,7 +2,7 @@
 
 The engine knows token ids only: prompts in, sampled ids and their log-probs out, and these are the truth that is
 trained on.  vLLM runs in the trainer's own process, one engine per rank; where it is not installed, transformers
-serves the same job more slowly.
+serves the same job more slowly (transformers_engine.py).
 """
 
 from __future__ import annotations

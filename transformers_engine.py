@@ -40,6 +40,7 @@ class Request:
     copied: int = 0  # so many
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    over: bool = False
     caches: dict[int, Tensor] = field(default_factory=dict)  # by layer: each key with its value, [1, H, L, 2 D]
 
     def cache(self, layer: int, fresh: Tensor) -> Tensor:
@@ -51,12 +52,12 @@ class Request:
                 cache[:, :, : self.copied] = self.source.caches[layer][:, :, : self.copied]
         return self.caches[layer]
 
-    def completion(self, ends: frozenset[int]) -> Completion | None:
-        """Return the reply if it is over; what was sampled after that is left out."""
-        for count, token in enumerate(self.ids, 1):
-            if token in ends or count == self.params.max_tokens:
-                return Completion(self.ids[:count], self.logprobs[:count])
-        return None
+    def add(self, token: int, logprob: float, ends: frozenset[int]) -> None:
+        """Append what was sampled, unless the reply is over."""
+        if not self.over:
+            self.ids.append(token)
+            self.logprobs.append(logprob)
+            self.over = token in ends or len(self.ids) == self.params.max_tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -82,6 +83,7 @@ class Part:
 
     @property
     def ids(self) -> Sequence[int]:
+        """Return these tokens."""
         return self.request.ids[-1:] or self.request.prompt_ids[self.start :]
 
 
@@ -125,8 +127,8 @@ def attending_by_request(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def sample(logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Add a token to each reply, with its log-prob; return the tokens [B].
+def sample(logits_BV: Tensor, requests: Sequence[Request], ends: frozenset[int]) -> Tensor:
+    """Sample the next token of each reply, [B], and add it with its log-prob.
 
     It is where a uniform number falls among the cumulated probabilities, and that number depends on the request's seed
     and the count of its tokens alone. At temperature 0 it is the likeliest token.
@@ -142,8 +144,7 @@ def sample(logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:
     token_B1 = torch.where(temperature_B1 > 0, drawn_B1, logp_BV.argmax(-1, keepdim=True))
     logp_B1 = logp_BV.gather(1, token_B1)
     for request, token, logp in zip(requests, token_B1[:, 0].tolist(), logp_B1[:, 0].tolist(), strict=True):
-        request.ids.append(token)
-        request.logprobs.append(logp)
+        request.add(token, logp, ends)
     return token_B1[:, 0]
 
 
@@ -200,12 +201,12 @@ class TransformersEngine(Engine):
                 use_cache=False,
                 parts=parts,
             ).logits[0]
-        sample(logits_BV, self.live)
+        sample(logits_BV, self.live, self.policy.chat.ends)
         for request in self.live:
             request.source = None  # copied by now: it would keep the source's own source, and so on
-        done = {request: request.completion(self.policy.chat.ends) for request in self.live}
-        self.live = [request for request in self.live if done[request] is None]
-        return [(request.key, completion) for request, completion in done.items() if completion is not None]
+        over = [request for request in self.live if request.over]
+        self.live = [request for request in self.live if not request.over]
+        return [(request.key, Completion(request.ids, request.logprobs)) for request in over]
 
     def _let_join(self) -> None:
         """Take requests from the queue, each with the one before it whose prompt begins most alike."""
@@ -246,13 +247,13 @@ class PaddedEngine(TransformersEngine):
         mask_BL = np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
         ids_BL = np.zeros(mask_BL.shape, dtype=np.int64)
         ids_BL[mask_BL] = np.concatenate([request.prompt_ids for request in requests])
+        ends = self.policy.chat.ends
 
         def choose(_: Tensor, logits_BV: Tensor) -> Tensor:
             """Leave generate() one token to choose from."""
-            token_B = sample(logits_BV, requests)
+            token_B = sample(logits_BV, requests, ends)
             return torch.full_like(logits_BV, -torch.inf).scatter_(1, token_B[:, None], 0.0)
 
-        ends = self.policy.chat.ends
         with self.policy.autocast():
             self.policy.model.generate(
                 input_ids=torch.from_numpy(ids_BL).to(self.policy.device),
@@ -267,4 +268,4 @@ class PaddedEngine(TransformersEngine):
                 pad_token_id=0,  # masked: any id will do
                 logits_processor=[choose],
             )
-        return [(request.key, request.completion(ends)) for request in requests]
+        return [(request.key, Completion(request.ids, request.logprobs)) for request in requests]

@@ -136,11 +136,11 @@ def test_samples_follow_the_distribution(temperature, by):
     logits_V = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 1.5
     logits_V[3] = -torch.inf
     requests = [
-        Request("", np.zeros(0), SamplingParams(temperature, 1, index if by == "seed" else 0)) for index in range(count)
+        Request("", np.zeros(0), SamplingParams(temperature, 0, index if by == "seed" else 0)) for index in range(count)
     ]
     for index, request in enumerate(requests):
         request.ids = [0] * (index if by == "step" else 0)
-    token_B = sample(logits_V.expand(count, size), requests)
+    token_B = sample(logits_V.expand(count, size), requests, ENDS)
     expected_V = count * torch.softmax(logits_V / temperature, -1)
     seen_V = torch.bincount(token_B, minlength=size)
     assert seen_V[3] == 0 and seen_V.sum() == count
@@ -154,13 +154,13 @@ def test_samples_follow_the_distribution(temperature, by):
 def test_no_number_draws_a_token_without_probability(number, token, monkeypatch):
     monkeypatch.setattr("transformers_engine.stable_seed", lambda *_: number)
     request = Request("", np.zeros(0), SamplingParams(1.0, 1, 0))
-    sample(torch.tensor([[-torch.inf, 0.3, -torch.inf, 0.7, -torch.inf]]), [request])
+    sample(torch.tensor([[-torch.inf, 0.3, -torch.inf, 0.7, -torch.inf]]), [request], ENDS)
     assert request.ids == [token]
 
 
 def test_logits_that_are_no_numbers_reach_the_trainer():
     request = Request("", np.zeros(0), SamplingParams(1.0, 1, 0))
-    sample(torch.full((1, 5), torch.nan), [request])
+    sample(torch.full((1, 5), torch.nan), [request], ENDS)
     assert 0 <= request.ids[0] < 5 and np.isnan(request.logprobs[0])
 
 
