@@ -343,6 +343,8 @@ def check(config: Config) -> None:
         if limits and value is not None and not _within(value, **limits):
             allowed = " and ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in limits.items())
             raise ConfigError(f"{key} is {value}; it must be {allowed}")
+    if not config.name.strip("/.") or Path(config.name).is_absolute() or ".." in Path(config.name).parts:
+        raise ConfigError(f"name={config.name!r}: the run's folder is runs/<name>, and this one is not below runs")
     for level in config.eval.levels:
         if level not in LEVELS:
             raise ConfigError(f"eval.levels: unknown level {level!r}; levels are {', '.join(LEVELS)}")

@@ -22,9 +22,8 @@ run() { .venv/bin/torchrun --standalone --nproc_per_node="$ranks" "$@"; }
 ./install.sh
 
 # 2. Games: 2,100 new ones in small rooms, in ALFWorld's own format
-[ -e data/quickstart_games/made_games.json ] ||
-    .venv/bin/python tools/make_games.py --out data/quickstart_games --train 1500 --seen 300 --unseen 300 --seed 0 \
-        --receptacles 6 --objects 12
+.venv/bin/python tools/make_games.py --out data/quickstart_games --train 1500 --seen 300 --unseen 300 --seed 0 \
+    --receptacles 6 --objects 12
 
 # 3. What the base model can do: read small rooms, and nothing else
 base=runs/quickstart_base

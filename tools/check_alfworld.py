@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import random
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from environments.alfworld_engine import GameState, package_path, parse_game, solve, task_sentence
+from environments.alfworld_engine import GameState, package_path, parse_game, read_json, solve, task_sentence
 
 INVALID = ("", "  ", "look around", "take apple 1", "go to the moon", "LOOK", "\N{SNOWMAN}\x00", "use desklamp 9")
 
@@ -54,7 +53,7 @@ def textworld_env(game: dict) -> Any:
 def compare(job: tuple[str, int, int]) -> tuple[int, list[str]]:
     """Play one game (path, steps, seed) in both engines; return the steps compared, and a line per mismatch."""
     path, steps, seed = job
-    stored, rng = json.loads(Path(path).read_text(encoding="utf-8")), random.Random(f"{seed}/{Path(path).parent.name}")
+    stored, rng = read_json(path), random.Random(f"{seed}/{Path(path).parent.name}")
     textworld, native = textworld_env(stored), GameState(parse_game(stored))
     state, action, mismatches = textworld.reset(), "(reset)", []
     for step in range(steps + 1):
@@ -91,7 +90,10 @@ def playable(path: Path) -> bool:
     """Say whether ALFWorld itself would play a game file: solvable, no movable receptacle, no slices."""
     if "movable" in str(path) or "Sliced" in str(path):
         return False
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("solvable"))
+    try:
+        return bool(read_json(path).get("solvable"))
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from None
 
 
 def main() -> None:
