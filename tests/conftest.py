@@ -1,10 +1,18 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the order of the files."""
 
 from pathlib import Path
 
 import pytest
 
 from tools.make_games import make_games
+
+SLOW = "golden train_rl runs processes toy_environment teacher distributed figures".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow files: no worker is left with one of them when the others are done."""
+    rank = {f"test_{name}": number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")
