@@ -7,7 +7,7 @@
         trainer/critic/            PPO's value model
     checkpoints/latest             -> the last whole one
 
-A killed run loses at most the iteration under way.
+A run that is killed goes on from its last whole checkpoint; SIGTERM and Ctrl-C save one first.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ import prompts
 from config import Config, ConfigError
 from distributed import Optimizer, full_tensor
 from model import LanguageModel, use_fsdp
-from model_files import fingerprint
+from model_files import base_of, fingerprint, is_adapter
 
 # When a run goes on: what changes the training in nothing but speed, memory, place and record, or is the cure of what
-# ended it. model.path and env.data are compared by what lies there. The number of iterations is free only where the
-# learning rate does not hang on it.
+# ended it. Models, templates and env.data are compared by what lies there. The number of iterations is free only where
+# the learning rate does not hang on it.
 FREE_TO_CHANGE = {
-    *("device", "sft", "eval", "env.machine_heap_mib", "model.attention", "model.base", "model.gradient_checkpointing"),
+    *("device", "sft", "eval", "env.machine_heap_mib", "model.attention", "model.gradient_checkpointing"),
     *("rollout.engine", "rollout.max_prompt_tokens", "rollout.concurrency", "rollout.kv_cache_gib"),
     *("rollout.tensor_parallel", "rollout.gpu_memory_utilization"),
     *("judge.base_url", "judge.key_env", "judge.concurrency", "judge.timeout_s", "judge.retries", "judge.cache"),
@@ -49,13 +49,20 @@ FREE_TO_CHANGE = {
     *("train.iterations", "train.optimizer", "train.tokens_per_micro_batch", "train.timeout_minutes"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.eval_every", "train.episodes_every"),
     *("train.coupling_every", "train.coupling_samples", "train.wandb"),
+    "guidelines.file",  # which the start reads alone
 }
 # A cold start's, of which all else is free: its rows are compared themselves
 FIXED_IN_SFT = {
-    *("seed", "model.tune", "model.lora_rank", "model.lora_alpha", "model.dtype", "model.path", "model.chat_template"),
-    *("model.thinking", "sft.epochs", "sft.lr", "sft.warmup_ratio", "sft.samples_per_update", "sft.prompt_loss"),
+    *("seed", "model.tune", "model.lora_rank", "model.lora_alpha", "model.dtype", "model.path", "model.base"),
+    *("model.chat_template", "model.thinking", "sft.epochs", "sft.lr", "sft.warmup_ratio", "sft.samples_per_update"),
+    "sft.prompt_loss",
 }
-BY_CONTENT = {"model.path": "model", "env.data": "games"}  # option -> what TrainState.origin says of it
+BY_CONTENT = {  # option -> what TrainState.origin says of it
+    "model.path": "model",
+    "model.base": "base",
+    "model.chat_template": "template",
+    "env.data": "games",
+}
 FINAL = "final"  # the name of a finished cold start's only checkpoint
 STEP_BYTES = 1500  # of one step in a record of episodes, compressed
 
@@ -86,7 +93,8 @@ def resume(config: Config, **learned: Iterable[str]) -> TrainState:
     ConfigError if the checkpoint was made by other settings, from another model, or learned from something else.
     """
     folder = config.run_dir / "checkpoints" / "latest"
-    origin = {name: _digest(texts) for name, texts in learned.items()} | {"model": fingerprint(config.model.path)}
+    origin = {name: _digest(texts) for name, texts in learned.items()} | _model_origin(config)
+    _check_latest(folder)
     if not folder.exists():
         return TrainState(guidelines=first_guidelines(config), origin=origin, folder=config.model.path)
     saved = _load(folder / "trainer" / "state.pt")
@@ -115,6 +123,35 @@ def resume(config: Config, **learned: Iterable[str]) -> TrainState:
     return state
 
 
+def _model_origin(config: Config) -> dict[str, str]:
+    """Describe the model that training begins with, by content."""
+    path, template = config.model.path, config.model.chat_template
+    origin = {"model": fingerprint(path)}
+    if is_adapter(path):
+        origin["base"] = fingerprint(base_of(path, config))
+    if template:
+        origin["template"] = _digest([Path(template).read_text(encoding="utf-8")])
+    return origin
+
+
+def _check_latest(link: Path) -> None:
+    """Check that `latest` is the link that a run leaves, or that there is no checkpoint at all. Raises ConfigError with
+    the command that mends it."""
+    if link.is_symlink() and link.is_dir():
+        return
+    there = sorted(path.name for path in link.parent.glob("*") if path.name.isdigit() or path.name == FINAL)
+    if there or os.path.lexists(link):
+        if there:
+            cure = f"rm -rf {link}; ln -s {there[-1]} {link}"
+        elif link.is_dir():
+            is_final = not any((link / "trainer").glob("optimizers_*.pt"))
+            name = FINAL if is_final else f"{_load(link / 'trainer' / 'state.pt')['iteration']:06d}"
+            cure = f"mv {link} {link.with_name(name)}; ln -s {name} {link}"
+        else:
+            cure = f"rm {link}, and the run begins anew"
+        raise ConfigError(f"{link} is not the link to the last checkpoint, which a run leaves there: {cure}")
+
+
 def changed_settings(
     config: Config, then: dict[str, Any], origin_then: dict[str, str], origin: dict[str, str]
 ) -> list[str]:
@@ -127,7 +164,7 @@ def changed_settings(
     before = default | {"train.deal": "shuffled"} | _flat(then)
     cold_start = "rows" in origin
     free = FREE_TO_CHANGE - ({"train.iterations"} if config.train.schedule == "linear" else set())
-    changed = ["the rows"] if cold_start and origin_then.get("rows") != origin["rows"] else []
+    changed = ["the rows"] if origin_then.get("rows") != origin.get("rows") else []  # RL has none
     for key in now | before:
         kind = BY_CONTENT.get(key, "")
         if kind in origin_then and kind in origin:
@@ -171,6 +208,8 @@ class RunLock:
                 f"{run_dir} is in use by another process ({self.file.read().strip()}): stop it, or choose another name "
                 "(--set name=...)"
             ) from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"{run_dir} cannot be locked ({error.strerror}): take care that no other process trains there")
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.file.flush()
@@ -299,6 +338,7 @@ def rehearse_save(policy: LanguageModel, folder: Path) -> None:
             if policy.inner.generation_config is not None:
                 policy.inner.generation_config.save_pretrained(scratch)
             policy.chat.tokenizer.save_pretrained(scratch)
+            (Path(scratch) / "latest").symlink_to("000001")
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"a checkpoint of {policy.base} could not be written to {folder}: {error}") from None
 

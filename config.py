@@ -175,6 +175,7 @@ class JudgeConfig:
     teacher_steps: int = option(
         64, "unlabelled steps that the teacher is shown an iteration, over all ranks", at_least=0
     )
+    teacher_flawed: bool = option(False, "use what the teacher calls flawed, too; false: the rules alone, as the paper")
     # teacher=openai alone; the paper's is DeepSeek-V3
     base_url: str = option("https://api.deepseek.com", "any OpenAI-compatible endpoint")
     model: str = option("deepseek-chat", "the endpoint's model")
@@ -428,6 +429,13 @@ def run_folder(checkpoint: str | Path) -> Path | None:
     """Return the folder of the run that a checkpoint belongs to, or None for any other model."""
     folder = Path(checkpoint)
     return folder.parent.parent if folder.parent.name == "checkpoints" else None
+
+
+def newest_evaluation(folder: Path) -> Path | None:
+    """Find the evaluation of a run's newest checkpoint: of `final`, else of the highest number, else of any model."""
+    found = {file.stem.removeprefix("eval_"): file for file in folder.glob("eval_*.json") if not file.is_dir()}
+    newest = max(found, key=lambda name: (name == "final", name.isdigit(), name), default=None)
+    return found.get(newest)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

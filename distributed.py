@@ -85,7 +85,7 @@ def progress_bar(items: Iterable | None = None, **settings: Any) -> tqdm:
 class PreemptionSignal:
     """SIGTERM, as clusters send before they take a machine away, or a first Ctrl-C: the run is to save and end.
 
-    A second Ctrl-C ends it at once.
+    A second Ctrl-C ends it at once, but under torchrun, which waits for its time-out.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,8 @@ class PreemptionSignal:
         if kind == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if dist.get_rank() == 0:
-                print("\ninterrupted: saving (Ctrl-C again ends at once)", file=sys.stderr, flush=True)
+                again = "" if "TORCHELASTIC_RUN_ID" in os.environ else " (Ctrl-C again ends at once)"
+                print(f"\ninterrupted: saving{again}", file=sys.stderr, flush=True)
         self.received = True
 
     def any_rank(self) -> bool:

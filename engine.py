@@ -318,20 +318,30 @@ def _process_as_before() -> Iterator[None]:
         inductor.compile_threads = inductor.decide_compile_threads()
 
 
+def engine_kind(config: Config) -> str:
+    """Tell which engine `rollout.engine` comes to here: "vllm" or "transformers".
+
+    Raises ConfigError if vLLM is asked for, or has to serve an engine of several ranks, and is not installed.
+    """
+    rollout, installed = config.rollout, importlib.util.find_spec("vllm") is not None
+    if installed:
+        return "transformers" if rollout.engine == "transformers" else "vllm"
+    for key, asked in (("engine=vllm", rollout.engine == "vllm"), ("tensor_parallel", rollout.tensor_parallel > 1)):
+        if asked:
+            raise ConfigError(
+                f"rollout.{key} needs vLLM, which is not installed: pip install -r requirements.txt (CPU: "
+                "./install.sh), or use rollout.engine=transformers on one rank per engine, which is slower"
+            )
+    return "transformers"
+
+
 def make_engine(config: Config, policy: LanguageModel, keep_model: bool = True) -> Engine:
     """Make the engine that `rollout.engine` names, holding the policy's weights.
 
     The process group must exist (vLLM joins it). Without `keep_model` the policy loses its model where vLLM has a copy,
-    which then has the GPU to itself. Raises ConfigError if vLLM is asked for and not installed.
+    which then has the GPU to itself. Raises ConfigError if vLLM is needed and not installed.
     """
-    kind = config.rollout.engine
-    installed = importlib.util.find_spec("vllm") is not None
-    if kind == "vllm" and not installed:
-        raise ConfigError(
-            "rollout.engine=vllm, but vLLM is not installed: pip install -r requirements.txt (CPU: ./install.sh), "
-            "or use rollout.engine=transformers, which is slower"
-        )
-    if kind == "transformers" or not installed:
+    if engine_kind(config) == "transformers":
         from transformers_engine import PaddedEngine, TransformersEngine  # which imports this file
 
         kind_of_engine = TransformersEngine if attention.supports_lines(policy.inner) else PaddedEngine

@@ -36,7 +36,7 @@ import numpy as np
 
 import envs
 from config import LEVELS, Config, ConfigError
-from distributed import all_gather_objects, init_distributed
+from distributed import PreemptionSignal, all_gather_objects, init_distributed
 from engine import Engine, make_engine
 from logger import repeats
 from model import load_model
@@ -89,9 +89,11 @@ def main() -> None:
             "levels": results,
         }
         print(table({file.parent.name: record}, by_type=True), flush=True)  # first: a disk may be full
-        file.write_text(json.dumps(record, indent=1))
         with gzip.open(file.with_name(f"{file.stem}_episodes.jsonl.gz"), "wt", encoding="utf-8") as lines:
             lines.writelines(json.dumps(episode.to_json()) + "\n" for episode in episodes)
+        partial = file.with_suffix(".partial")  # last and whole: it says that the checkpoint is evaluated
+        partial.write_text(json.dumps(record, indent=1))
+        partial.replace(file)
         print(file, flush=True)
     engine.close()
 
@@ -113,12 +115,6 @@ def preflight(config: Config, ckpt: str, out: Path) -> Path:
     return file
 
 
-def newest_evaluation(folder: Path) -> Path | None:
-    """Find the evaluation of a run's newest checkpoint: of `final`, or of the highest number."""
-    found = [file for file in folder.glob("eval_*.json") if not file.is_dir()]
-    return max(found, key=lambda file: file.name, default=None)
-
-
 def evaluation_tasks(config: Config, level: str) -> list[envs.Task]:
     """List the tasks that a level is evaluated on: its fixed list, or eval.games of it. Raises ConfigError."""
     tasks = envs.tasks(config.env, level, "eval")
@@ -129,11 +125,16 @@ def evaluation_tasks(config: Config, level: str) -> list[envs.Task]:
 
 
 def evaluate_levels(
-    engine: Engine, config: Config, guidelines: Sequence[str], env_pool: Sequence[envs.Environment] = ()
+    engine: Engine,
+    config: Config,
+    guidelines: Sequence[str],
+    env_pool: Sequence[envs.Environment] = (),
+    preemption: PreemptionSignal | None = None,
 ) -> tuple[dict[str, dict], list[Episode]]:
     """Play every level of config.eval; results by level and all episodes, the same on every rank and world size.
 
-    `env_pool` are the environments to play in; without it they are made.
+    `env_pool` are the environments to play in; without it they are made. Where `preemption` comes in the middle, there
+    are no results.
     """
     results, everything = {}, []
     for level in config.eval.levels:
@@ -151,7 +152,10 @@ def evaluate_levels(
             temperature=config.eval.temperature,
             guidelines=guidelines,
             title=level,
+            should_stop=lambda: preemption is not None and preemption.received,
         )
+        if preemption and preemption.any_rank():
+            return {}, []
         episodes = all_gather_objects(episodes)
         expected = len(tasks) * config.eval.seeds
         if len(episodes) != expected:
@@ -165,18 +169,21 @@ def evaluate_levels(
 
 
 def summarise(episodes: Sequence[Episode]) -> dict:
-    """Compute success with its interval, overall, per task type and per seed; steps, invalid and repeated actions."""
+    """Compute success with its interval, overall, per task type, per seed and per game; steps, invalid and repeated
+    actions."""
     steps = [step for episode in episodes for step in episode.steps]
-    by_type, by_seed = defaultdict(list), defaultdict(list)
+    by_type, by_seed, by_game = defaultdict(list), defaultdict(list), defaultdict(int)
     for episode in episodes:
         by_type[episode.task.type].append(episode)
         by_seed[episode.member].append(episode.won)
+        by_game[episode.group] += episode.won
     return {
         **rate(episodes),
         "types": {name: rate(played) for name, played in sorted(by_type.items())},
         "mean_of_types": float(np.mean([rate(played)["success"] for played in by_type.values()])),
         "success_loose": float(np.mean([episode.won_loose for episode in episodes])),
         "by_seed": [float(np.mean(by_seed[seed])) for seed in sorted(by_seed)],
+        "won_by_game": [by_game[number] for number in sorted(by_game)],  # plays won, in the order of the level's list
         "mean_steps": len(steps) / len(episodes),
         "mean_steps_won": float(np.mean([len(e.steps) for e in episodes if e.won]))
         if any(e.won for e in episodes)
@@ -262,10 +269,13 @@ def _config(arguments: argparse.Namespace, run: Path | None) -> Config:
 
 
 def _read(folder: Path) -> dict:
-    file = newest_evaluation(folder)
+    file = configuration.newest_evaluation(folder)
     if file is None:
         raise ConfigError(f"{folder} has no eval_*.json: run evaluate.py on a checkpoint of that run first")
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file} is torn ({error}): delete it, and run evaluate.py again") from None
 
 
 if __name__ == "__main__":

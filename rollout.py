@@ -19,7 +19,7 @@ import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -287,6 +287,12 @@ class EpisodeRunner:
         )
 
 
+def begin_again(env: Environment, task: Task) -> Observation:
+    """Restart an environment that failed, and reset it."""
+    env.restart()
+    return env.reset(task)
+
+
 @dataclass
 class _Collector:
     """One play() call: which episodes wait for the model, and which for their environment."""
@@ -362,12 +368,13 @@ class _Collector:
         self.counters["restarted" if first_failure else "discarded"] += 1
         task = runner.episode.task
         warnings.warn(f"{task.id}: environment failed ({type(error).__name__}: {error})", stacklevel=2)
-        runner.env.restart()
         if first_failure:
             runner.episode.steps.clear()
             runner.attempt, runner.completion = 1, None
-            self.step_env(runner, runner.env.reset, task)
+            self.step_env(runner, begin_again, runner.env, task)
         else:
+            with suppress(Exception):  # where that fails, too, the next episode's reset will
+                runner.env.restart()
             self.idle.append(runner.env)
 
     def request(self, runner: EpisodeRunner) -> None:

@@ -48,7 +48,7 @@ from distributed import (
     progress_bar,
     sum_dicts,
 )
-from engine import check_mismatch, check_weight_sync, make_engine, sync_weights
+from engine import check_mismatch, check_weight_sync, engine_kind, make_engine, sync_weights
 from evaluate import evaluate_levels, evaluation_tasks
 from logger import Logger, PhaseTimer, rollout_metrics, sample_metrics, save_bad_samples
 from model import (
@@ -178,7 +178,7 @@ def train(config: Config) -> None:
         state.iteration += 1
         if config.train.eval_every and state.iteration % config.train.eval_every == 0:
             with timer("evaluate"):
-                results, _ = evaluate_levels(engine, config, state.guidelines, env_pool)
+                results, _ = evaluate_levels(engine, config, state.guidelines, env_pool, preemption)
             metrics |= {f"eval/{level}": result["success"] for level, result in results.items()}
         logger.write(iteration, metrics | timer.metrics(samples), episodes, questions, shown_guidelines)
         if state.iteration % config.train.checkpoint_every == 0:
@@ -188,7 +188,9 @@ def train(config: Config) -> None:
     if saved_at < state.iteration:
         checkpoint.save_checkpoint(policy, optimizers, critic, config, state)
     if rank == 0:
-        print(f"{state.iteration} iterations done: {config.run_dir / 'checkpoints' / 'latest'}", flush=True)
+        end = f"{state.iteration} iterations done: {config.run_dir / 'checkpoints' / 'latest'}"
+        stopped = f"stopped after {state.iteration} of {config.train.iterations} iterations: the same command goes on"
+        print(stopped if state.iteration < config.train.iterations else end, flush=True)
     engine.close()
     lock.release()
 
@@ -204,8 +206,11 @@ def preflight(config: Config, world: int) -> list[envs.Task]:
         raise ConfigError("model.tune=qlora and train.optimizer=adamw8bit need bitsandbytes: pip install bitsandbytes")
     if config.train.wandb and not find_spec("wandb"):
         raise ConfigError("train.wandb names a project of Weights & Biases: pip install wandb, or leave it empty")
-    if config.rollout.engine == "transformers" and use_fsdp(config):
-        raise ConfigError("rollout.engine=transformers samples with the trainer's weights: set model.shard=never")
+    if engine_kind(config) == "transformers" and use_fsdp(config):
+        raise ConfigError(
+            "without vLLM (rollout.engine=transformers, or not installed) the trainer's own weights sample: set "
+            "model.shard=never"
+        )
     if config.judge.enabled and config.judge.teacher == "openai":
         check_key(config.judge)
     if config.judge.enabled and config.judge.teacher == "expert":

@@ -29,9 +29,9 @@ import numpy as np
 import envs
 import judge
 import prompts
-from config import Config
+from config import Config, newest_evaluation
 from engine import Engine, SamplingParams, stable_seed
-from evaluate import EVALUATION, newest_evaluation
+from evaluate import EVALUATION
 from logger import repeats
 from rollout import Episode, Step, play
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ import tiny
 
 import envs
 import evaluate
-from config import ConfigError
+from config import ConfigError, newest_evaluation
 from engine import Engine, SamplingParams, make_engine
 from environments import alfworld
-from evaluate import evaluate_levels, newest_evaluation, rate, summarise, summary_line, table
+from evaluate import evaluate_levels, rate, summarise, summary_line, table
 from model import load_model
 from rollout import Episode, Step
 
@@ -165,6 +166,27 @@ def test_without_a_number_every_game_is_played(engine, config):
     assert [episode.task for episode in episodes] == envs.tasks(config.env, "L0", "eval")
 
 
+def test_an_evaluation_in_training_gives_way_to_a_signal(engine, config):
+    told = SimpleNamespace(received=True, any_rank=lambda: True)
+    assert evaluate_levels(engine, config, [], preemption=told) == ({}, [])
+    told = SimpleNamespace(received=False, any_rank=lambda: False)
+    assert list(evaluate_levels(engine, config, [], preemption=told)[0]) == ["L0", "L1"]
+
+
+@pytest.mark.parametrize("text", ["", '{"levels": {'])
+def test_a_torn_evaluation_is_named(text, tmp_path, monkeypatch):
+    (tmp_path / "eval_000001.json").write_text(text)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--table", str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"eval_000001.json is torn .*: delete it"):
+        evaluate.main()
+
+
+def test_the_newest_evaluation(tmp_path):
+    for name, newest in (("base", "base"), ("000020", "000020"), ("000007", "000020"), ("final", "final")):
+        (tmp_path / f"eval_{name}.json").write_text("{}")
+        assert newest_evaluation(tmp_path) == tmp_path / f"eval_{newest}.json"
+
+
 def test_guidelines_are_in_the_prompts(engine, config):
     _, plain = evaluate_levels(engine, config, [])
     _, guided = evaluate_levels(engine, config, ["Open every drawer."])
@@ -264,7 +286,7 @@ def test_table_of_runs(runs, monkeypatch, capsys):
     heading, one, two = capsys.readouterr().out.splitlines()
     assert one.startswith("one") and two.startswith("two") and one[5:] == two[5:] and "n=6" in one
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--table", str(runs)])
-    with pytest.raises(ConfigError, match="has no eval_\*.json: run evaluate.py"):
+    with pytest.raises(ConfigError, match=r"has no eval_\*.json: run evaluate.py"):
         evaluate.main()
 
 

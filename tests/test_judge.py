@@ -92,9 +92,13 @@ def episodes_of(folder: Path, teacher: str = "expert") -> tuple[Config, list[Epi
     return config, made
 
 
+@pytest.mark.parametrize("flawed", [False, True])
 @pytest.mark.parametrize("budget", [0, 1, 7, 10_000])
-def test_the_teacher_keeps_to_its_budget_and_only_adds_good_ones(small_games: Path, budget: int) -> None:
+def test_the_teacher_keeps_to_its_budget_and_adds_flawed_ones_if_told(
+    small_games: Path, budget: int, flawed: bool
+) -> None:
     config, episodes = episodes_of(small_games)
+    config = dataclasses.replace(config, judge=dataclasses.replace(config.judge, teacher_flawed=flawed))
     rules = [rule_labels(made) for made in episodes]
     still_open = sum(verdict is None for labels in rules for verdict in labels)
     counts = label_steps(episodes, config, random.Random(0), budget)
@@ -106,14 +110,14 @@ def test_the_teacher_keeps_to_its_budget_and_only_adds_good_ones(small_games: Pa
             if rule is not None:
                 assert (taken.label, taken.label_source) == (rule, "rule")
             elif taken.label is not None:
-                assert (taken.label, taken.label_source, verdict) == (1, "teacher", 1)
+                assert taken.label_source == "teacher" and taken.label == verdict and (verdict or flawed)
             else:
-                assert taken.label_source == "" and (verdict == 0 or budget < still_open)
+                assert taken.label_source == "" and ((verdict == 0 and not flawed) or budget < still_open)
             good[taken.label_source, taken.label] += 1
     assert counts["label_good_teacher"] == good["teacher", 1] <= budget
     assert counts["label_good_rule"] == good["rule", 1] == len(episodes)  # all are won
-    assert counts["label_flawed"] == good["rule", 0] > 0
-    assert budget < 7 or good["teacher", 1] > 0
+    assert counts["label_flawed"] == good["rule", 0] + good["teacher", 0] > 0
+    assert budget < 7 or (good["teacher", 1] > 0 and bool(good["teacher", 0]) == flawed)
 
 
 def test_the_teacher_sees_steps_from_all_over(small_games: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import tiny
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import checkpoint
 import config as configuration
 import evaluate
 from checkpoint import RunLock
 from config import Config, ConfigError
+from distributed import Optimizer, adamw
 
 SFT = """
 name: sft
@@ -70,6 +74,16 @@ def test_a_run_has_its_folder_to_itself(small_games, tmp_path, monkeypatch):
     RunLock(Path("runs/tiny_rl")).release()
 
 
+def test_where_there_are_no_locks_a_run_is_not_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.join()
+    for kind in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        error = OSError(kind, os.strerror(kind))
+        monkeypatch.setattr("fcntl.flock", lambda *_, error=error: (_ for _ in ()).throw(error))
+        RunLock(Path("runs/one")).release()
+        assert f"runs/one cannot be locked ({os.strerror(kind)}): take care" in capsys.readouterr().out
+
+
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.join()
@@ -114,6 +128,7 @@ def test_ctrl_c_saves_a_run(small_games, tmp_path):
     done = signalled(tmp_path, "train_rl", 1, "SIGINT", *settings, "rollout.engine=transformers")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Ctrl-C again ends at once" in done.stderr and "Traceback" not in done.stderr
+    assert "stopped after 1 of 2 iterations: the same command goes on" in done.stdout
     assert os.readlink(tmp_path / "runs/tiny_rl/checkpoints/latest") == "000001"
 
 
@@ -150,7 +165,7 @@ def test_evaluations_are_named_by_checkpoint_and_never_replaced(small_games, tmp
     tiny.copy(run / "checkpoints" / "000002", run / "checkpoints" / "000001")
     tiny.run("evaluate.py", "--ckpt", "runs/one/checkpoints/000001", cwd=tmp_path)
     assert first.read_bytes() == written and (run / "eval_000001.json").is_file()
-    assert evaluate.newest_evaluation(run) == first
+    assert configuration.newest_evaluation(run) == first
     with pytest.raises(ConfigError, match=r"eval_000002.json is there already: say --out FOLDER"):
         evaluate.preflight(settings, "runs/one/checkpoints/latest", run)
     with pytest.raises(ConfigError, match=r"cannot write to runs/one/config.yaml.*--out FOLDER"):
@@ -177,7 +192,8 @@ def test_what_was_found_is_printed_before_it_is_written(small_games, tmp_path):
                str(config), "--levels", "L0", "--set", "rollout.engine=transformers"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, env=tiny.environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search(r"error: No space left on device: .*eval_000001.json", done.stderr)
+    assert re.search(r"error: No space left on device: .*eval_000001.partial", done.stderr)
+    assert not list(tmp_path.rglob("eval_*.json"))  # nothing that says: this is evaluated
     assert re.search(r"\[\d+\.\d, \d+\.\d\] n=6", done.stdout)
 
 
@@ -224,11 +240,13 @@ def test_a_run_goes_on_where_things_have_other_names(small_games, tmp_path, monk
     monkeypatch.setattr(
         checkpoint, "_load", lambda file, plain=checkpoint._load: {} if "opt" in file.name else plain(file)
     )
+    (tmp_path / "moved.txt").write_text("Look.")
     for change in (
         f"env.data={games}", f"model.path={model}", "env.data=games", "model.path=model", "judge.base_url=http://x",
         "judge.timeout_s=5", "judge.retries=1", "judge.key_env=KEY", "judge.cache=elsewhere", "train.episodes_every=3",
         "device=cpu", "sft.lr=1", "train.optimizer=adamw8bit", "train.tokens_per_micro_batch=99",
         "model.gradient_checkpointing=true", "rollout.gpu_memory_utilization=0.3", "rollout.engine=transformers",
+        "guidelines.file=moved.txt",
     ):  # fmt: skip
         assert checkpoint.resume(tiny.changed(config, change), **ids).iteration == 1, change
     other = tiny.copy(tiny.checkpoint(small_games), tmp_path / "other")
@@ -237,3 +255,66 @@ def test_a_run_goes_on_where_things_have_other_names(small_games, tmp_path, monk
     for change, games in ((f"model.path={other}", ids), ("judge.model=x", ids), ("env.data=x", {"games": ["a"]})):
         with pytest.raises(ConfigError, match=rf"made with other settings \({change.split('=')[0]}\)"):
             checkpoint.resume(tiny.changed(config, change), **games)
+    with pytest.raises(ConfigError, match=r"other settings \(the rows"):  # a cold start of the same name
+        checkpoint.resume(config, rows=["a", "b"])
+
+
+@pytest.fixture
+def begun(small_games, tmp_path, monkeypatch) -> tuple[Config, dict]:
+    """A run with one checkpoint, and what it is resumed with; its template is a file."""
+    from model import load_model
+
+    monkeypatch.chdir(tmp_path)
+    tiny.join()
+    shutil.copy(tiny.ROOT / "assets" / "plain_chat.jinja", "mine.jinja")
+    config, ids = tiny.rl_config(small_games, "model.chat_template=mine.jinja"), {"games": ["a"]}
+    state = checkpoint.resume(config, **ids)
+    state.iteration = 1
+    policy = load_model(config)
+    checkpoint.save_checkpoint(policy, {"policy": Optimizer(policy.model, 0.0, adamw)}, None, config, state)
+    return config, ids
+
+
+def test_a_template_is_compared_by_its_text(begun):
+    config, ids = begun
+    shutil.copy("mine.jinja", "moved.jinja")
+    assert checkpoint.resume(tiny.changed(config, "model.chat_template=moved.jinja"), **ids).iteration == 1
+    Path("mine.jinja").write_text(Path("mine.jinja").read_text() + "changed")
+    with pytest.raises(ConfigError, match=r"other settings \(model.chat_template\)"):
+        checkpoint.resume(config, **ids)
+
+
+def test_the_base_of_an_adapter_is_compared_by_content(small_games, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = tiny.copy(tiny.checkpoint(small_games), tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig()).save_pretrained(adapter)
+    config = tiny.rl_config(small_games, f"model.path={adapter}", f"model.base={base}", "model.tune=lora")
+    tree, origin = configuration.to_dict(config), checkpoint._model_origin(config)
+    moved = tiny.changed(config, f"model.base={base.rename(tmp_path / 'moved')}")
+    assert checkpoint.changed_settings(moved, tree, origin, checkpoint._model_origin(moved)) == []
+    data = (tmp_path / "moved" / "model.safetensors").read_bytes()
+    (tmp_path / "moved" / "model.safetensors").write_bytes(data[:-5000] + bytes(5000))
+    assert checkpoint.changed_settings(moved, tree, origin, checkpoint._model_origin(moved)) == ["model.base"]
+
+
+@pytest.mark.parametrize("how", ["links followed", "links followed, latest alone", "links left out", "dangling"])
+def test_a_run_whose_link_to_the_last_checkpoint_was_lost_says_how_to_mend_it(begun, how):
+    """It neither begins anew, which would delete what is there, nor dies at its first save."""
+    config, ids = begun
+    link = config.run_dir / "checkpoints" / "latest"
+    if how.startswith("links followed"):
+        link.unlink()
+        tiny.copy(link.with_name("000001"), link)
+    if how in ("links left out", "dangling"):
+        link.unlink()
+    if how in ("links followed, latest alone", "dangling"):
+        shutil.rmtree(link.with_name("000001"))
+    if how == "dangling":
+        link.symlink_to("000001")
+    with pytest.raises(ConfigError, match="is not the link to the last checkpoint") as caught:
+        checkpoint.resume(config, **ids)
+    cure = str(caught.value).split("leaves there: ")[1]
+    subprocess.run(cure.split(", and")[0], shell=True, check=True)
+    assert checkpoint.resume(config, **ids).iteration == (0 if how == "dangling" else 1)
+    assert how == "dangling" or os.readlink(link) == "000001"

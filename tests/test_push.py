@@ -103,13 +103,16 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del hub.files[line["value"]["path"]]
                 elif line["key"] == "lfsFile":
                     hub.files[line["value"]["path"]] = hub.stored[line["value"]["oid"]]
                 else:
                     hub.commits.append(line["value"]["summary"])
             return self.answer({"commitUrl": f"{hub.url}/{REPO}/commit/1", "commitOid": "1" * 40})
         if self.path.startswith(f"/api/models/{REPO}"):
-            return self.answer({"id": REPO, "private": not hub.public[REPO], "sha": "1" * 40, "siblings": []})
+            there = [{"rfilename": name} for name in hub.files]
+            return self.answer({"id": REPO, "private": not hub.public[REPO], "sha": "1" * 40, "siblings": there})
         return self.answer({"error": "no such path"}, 404)
 
     do_POST = do_PUT = do_GET
@@ -231,6 +234,16 @@ def test_half_an_upload_is_finished_and_a_whole_one_repeated_at_no_cost(hub, che
     assert "PUT" not in dict(hub.requests) and "model.safetensors" in hub.files and len(hub.commits) == 1
     pushed(monkeypatch, checkpoint, REPO)
     assert len(hub.commits) == 1
+
+
+def test_what_an_earlier_checkpoint_left_is_deleted(hub, checkpoint, monkeypatch):
+    """An adapter's config would be read before the whole model; what is nobody's checkpoint stays."""
+    stale = ("adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors")
+    hub.files = {name: b"old" for name in (*stale, "notes.txt", "model.safetensors")}
+    hub.public[REPO] = True
+    pushed(monkeypatch, checkpoint, REPO)
+    assert not set(stale) & set(hub.files) and hub.files["notes.txt"] == b"old"
+    assert hub.files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes() and len(hub.commits) == 1
 
 
 def test_private_is_private_or_nothing(hub, checkpoint, monkeypatch):

@@ -500,6 +500,23 @@ def test_an_environment_that_fails_twice_costs_the_episode(engine, config, tasks
     assert_same(left, [episodes[index] for index in (1, 2, 3, 6, 7)])
 
 
+@pytest.mark.parametrize("threaded", [False, True])
+def test_a_restart_that_fails_costs_the_episode_too(engine, config, tasks, episodes, threaded):
+    kind = flaky(2, threaded, **{tasks[0].id: 1})
+    refused = [ConnectionError("refused"), None, None]
+
+    def restart(env):
+        if error := refused.pop(0):
+            raise error
+        env.broken = False
+
+    kind.restart, counters = restart, Counter()
+    with pytest.warns(UserWarning, match="refused"):
+        left = played(engine, config, tasks, 1, kind, iteration=3, counters=counters)
+    assert counters == {"restarted": 1, "discarded": 1} and len(refused) == 1
+    assert_same(left, episodes[1:])
+
+
 def test_a_java_machine_killed_in_a_rollout_leaves_no_trace(slow_engine, config, tmp_path):
     """ScienceWorld's environments share one: all episodes in flight are played again, on a new machine."""
     settings = ["env.name=scienceworld", f"env.data={tmp_path}", "env.max_steps=4", "rollout.max_prompt_tokens=3000"]

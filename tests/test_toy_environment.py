@@ -15,8 +15,7 @@ import envs
 import sft_data
 import train_rl
 import train_sft
-from config import Config, ConfigError
-from evaluate import newest_evaluation
+from config import Config, ConfigError, newest_evaluation
 from tools import tiny_base_model
 
 TOY = Path(__file__).with_name("toy_environment.py")

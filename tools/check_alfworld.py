@@ -88,7 +88,8 @@ def check(paths: Sequence[Path | str], steps: int, seed: int = 0, workers: int =
 
 def playable(path: Path) -> bool:
     """Say whether ALFWorld itself would play a game file: solvable, no movable receptacle, no slices."""
-    if "movable" in str(path) or "Sliced" in str(path):
+    task = path.resolve().parts[-3]  # TASK/TRIAL/game.tw-pddl
+    if "movable" in task or "Sliced" in task:
         return False
     try:
         return bool(read_json(path).get("solvable"))

@@ -20,6 +20,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # in place of xet, a protocol of its own with servers of its own. HF_HUB_DISABLE_XET=0 has it back.
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from matplotlib.figure import Figure
@@ -89,19 +91,31 @@ def gather(folder: Path, run: report.Run, repo: str) -> dict[str, Path | bytes]:
 
 
 def upload(files: dict[str, Path | bytes], repo: str, private: bool, token: str, message: str) -> str:
-    """Upload files in one commit and return the repository's address. Raises ConfigError, without the token in it."""
+    """Upload files in one commit, which deletes another checkpoint's, and return the repository's address.
+
+    Raises ConfigError, without the token in it.
+    """
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo, private=private or None, exist_ok=True)
-        exposed = private and not api.repo_info(repo).private
+        there = api.repo_info(repo)
+        exposed = private and not there.private
         if not exposed:
-            added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
-            api.create_commit(repo, added, commit_message=message)
+            stale = [one.rfilename for one in there.siblings or () if is_stale(one.rfilename, files)]
+            changes = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
+            changes += [CommitOperationDelete(path_in_repo=name) for name in stale]
+            api.create_commit(repo, changes, commit_message=message)
     except Exception as error:  # HTTP's, xet's and the disk's have no class in common, and a traceback may show a token
         raise ConfigError(explain(error, repo, api.endpoint).replace(token, "$HF_TOKEN")) from None
     if exposed:
         raise ConfigError(f"{repo} is there already, and public: choose another name, or leave --private out")
     return str(url)
+
+
+def is_stale(name: str, files: Iterable[str]) -> bool:
+    """Tell whether a file in the repository is an earlier checkpoint's, whose readers would take it for this one's."""
+    ours = ("adapter_*", "*.safetensors*", "curves.png")
+    return name not in files and any(fnmatch(name, pattern) for pattern in ours)
 
 
 def explain(error: Exception, repo: str, endpoint: str) -> str:

@@ -82,7 +82,7 @@ MACHINE = (
     ("Peak GPU memory of the trainer, GiB", "mem/peak_gib", "number", None),
 )
 LABELS = (
-    ("flawed, by rule", "judge/label_flawed", "flawed"),
+    ("flawed", "judge/label_flawed", "flawed"),
     ("good, by rule", "judge/label_good_rule", "good"),
     ("good, by teacher", "judge/label_good_teacher", "teacher"),
 )
@@ -147,7 +147,7 @@ def read_run(folder: Path) -> Run:
         run.start = next((place for place in places if place.is_dir()), None)
         if run.start is None:
             run.notes.append(f"the run it started from, {start}, is not here: nothing to compare with")
-        elif not any(run.start.glob("eval_*.json")):
+        elif configuration.newest_evaluation(run.start) is None:
             run.notes.append(f"the run it started from, {start}, has no eval_*.json: nothing to compare with")
     return run
 
@@ -226,7 +226,7 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[int, float]]:
 
 
 def _read_results(folder: Path, notes: list[str]) -> dict[str, dict]:
-    path = max(folder.glob("eval_*.json"), key=lambda file: file.name, default=None)  # of the newest checkpoint
+    path = configuration.newest_evaluation(folder)
     if path is None:
         notes.append("no eval_*.json: run evaluate.py --ckpt on a checkpoint of this run to fill the table of success")
         return {}
