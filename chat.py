@@ -7,21 +7,21 @@
 
 Three things are read off the template and not assumed: the token that closes a turn (a base model's eos token is
 another one); a thought that the prompt already opens (R1's distillates: "<think>" is then part of every reply's text,
-and of no taught reply's tokens); whether it has a switch for thinking (model.thinking).
+and of no taught reply's tokens, and taught replies have to close it); whether it has a switch for thinking
+(model.thinking).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
-
-from jinja2 import TemplateError
 
 from config import ConfigError
 
 MARK = "MARKxMARK"  # stands in for a message while the template is looked at
-DATE = "26 Jul 2024"  # for templates that tell the day (Llama 3): a prompt is not to change overnight
+DAY = datetime(2024, 7, 26)  # for templates that tell the day (Llama 3): a prompt is not to change overnight
 
 
 class ChatFormat:
@@ -39,7 +39,7 @@ class ChatFormat:
                 f"{self.where} has no chat template, as base models do: give it one with model.chat_template=FILE "
                 "(Jinja), for instance assets/plain_chat.jinja"
             )
-        self.options = {"date_string": DATE}
+        self.options = {"date_string": DAY.strftime("%d %b %Y"), "strftime_now": DAY.strftime}
         if thinking != "default":
             self.options["enable_thinking"] = thinking == "on"
             if self._prompt_tail() == self._prompt_tail(enable_thinking=thinking != "on"):
@@ -61,8 +61,9 @@ class ChatFormat:
             return self.tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=reply_follows, tokenize=False, **(self.options | options)
             )
-        except (TemplateError, ValueError, TypeError) as error:  # what a template says of roles that it does not know
-            raise ConfigError(f"the chat template of {self.where} cannot show these messages: {error}") from None
+        except Exception as error:  # what a template says of roles that it does not know, or whatever goes wrong in it
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"the chat template of {self.where} cannot show these messages: {why}") from None
 
     def encode(self, prompt: str | Sequence[dict]) -> list[int]:
         """Turn a prompt into token ids: messages, or the text of a single user's message."""
@@ -71,9 +72,21 @@ class ChatFormat:
 
     def encode_reply(self, text: str) -> list[int]:
         """Turn a reply into token ids, closed by the end of the turn; for supervised samples alone."""
-        if self.opening and text.startswith("<think>"):
-            text = text.removeprefix("<think>").lstrip("\n")
+        if self.opening and (begun := text.lstrip()).startswith("<think>"):
+            text = begun.removeprefix("<think>").lstrip("\n")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end]
+
+    def check_reply(self, text: str) -> None:
+        """Check that a reply to be taught closes the thought that the prompt opens, if it does. Raises ConfigError.
+
+        Whoever learned another one would think on to the end of the turn. Sampled replies may be of any form.
+        """
+        thought, closed, _ = text.lstrip().removeprefix("<think>").partition("</think>")
+        if self.opening and (not closed or "<think>" in thought):
+            raise ConfigError(
+                f"the chat template of {self.where} opens a thought (<think>), which the reply does not close: set "
+                "model.thinking=off if the template has that switch, else model.chat_template to one that opens none"
+            )
 
     def reply(self, ids: Sequence[int]) -> str:
         """Turn sampled ids into the reply's text, without special tokens and with what the prompt began of it."""

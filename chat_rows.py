@@ -13,6 +13,7 @@ it, the system's message included; what cannot be learned is an error.  A row is
     {"data": [{"prompt": ..., "response": ...}, ...]}           an episode, as RLVMR's scripts write it
 
 and may have "system" beside.  A message with "weight": 0 or "loss": false stays in the prompts and is not learned.
+What would change the lesson and is not read, such as a thought beside the reply or a label, is an error, too.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ FORMS = {  # what a row must have: what it may have; of forms that fit the first
 SPOKEN = dict.fromkeys(key for form, more in FORMS.items() for key in form + more if key != "data")
 UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "image", "images", "audio", "audios", "video")
 UNSUPPORTED += ("videos", "weight", "chat_template_kwargs")
+PREFERENCE = ("label", "chosen", "rejected")  # which replies are good
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think", "cot", "chain_of_thought")
+THOUGHTS += ("rationale",)
 NOTHING = (None, "", [], {})  # as good as no such key
 FILES = "rows are JSON in UTF-8, one a line, or one list of them"
 KNOWN = (
@@ -53,16 +57,16 @@ KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", 
 Said = list[tuple[dict, bool]]  # messages, and whether each is to be learned
 
 
-def read_rows(path: Path, fits: Callable[[dict], None] = lambda row: None) -> list[dict]:
-    """Read a file of chats, one row for each reply to learn: {"prompt": messages before it, "response": its text}, and
-    "label" where the file has one.
+def read_rows(path: Path, fits: Callable[[dict], None] = lambda row: None, labelled: bool = False) -> list[dict]:
+    """Read a file of chats, one row for each reply to learn: {"prompt": messages before it, "response": its text}.
 
-    Raises ConfigError that names the first line of which something would be lost, or which `fits` raises for.
+    `labelled`: rows may have a "label", which stays with them; else one is an error. Raises ConfigError that names the
+    first line of which something would be lost, or which `fits` raises for.
     """
     rows = []
     for where, found in _rows_in(path):
         try:
-            made = _to_learn(found)
+            made = _to_learn(found, labelled)
             for row in made:
                 fits(row)
         except ConfigError as error:
@@ -132,7 +136,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 # Forms of a row
 
 
-def _to_learn(row: Any) -> list[dict]:
+def _to_learn(row: Any, labelled: bool = False) -> list[dict]:
     """Turn a row of any form into those that are learned, one for each reply. Raises ConfigError."""
     if isinstance(row, list):
         row = {"messages": row}
@@ -150,14 +154,21 @@ def _to_learn(row: Any) -> list[dict]:
     for key in SPOKEN:
         if key not in form + FORMS[form] and row.get(key) not in (*NOTHING, *repeated):
             raise ConfigError(f'the row has both "{form[0]}" and "{key}", which belong to different forms; {KNOWN}')
+    for key in PREFERENCE:
+        if row.get(key) not in NOTHING and not (labelled and key == "label"):
+            raise ConfigError(
+                f'"{key}" is of preference data: leave bad replies out of the file, and "{key}" out of every row'
+            )
+    for key in THOUGHTS:
+        thought = row.get(key)
+        shown = isinstance(thought, str) and any(thought.strip() in text for text in repeated)
+        if thought not in NOTHING and not shown:
+            raise ConfigError(f'the row has "{key}", which would be lost: write it into the reply, or leave it out')
     if form == ("data",):
         return _episode(row["data"])
     system = [key for key in SYSTEM if row.get(key) not in NOTHING]
     rows = _replies([({"role": "system", "content": _text(row[key], f'"{key}"')}, False) for key in system] + said)
-    label = row.get("label")
-    if isinstance(label, bool):
-        raise ConfigError('"label": true or false is of preference data (KTO): leave bad replies out, and the label')
-    return [one | {"label": label} for one in rows] if isinstance(label, int) else rows
+    return [one | {"label": row["label"]} for one in rows] if labelled and "label" in row else rows
 
 
 def _episode(steps: Any) -> list[dict]:

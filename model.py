@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -45,7 +47,7 @@ from model_files import (
     base_of,
     check_model_folder,
     is_adapter,
-    load_tokenizer,
+    load_chat,
     one_line,
     place_in_project,
     valid_generation_config,
@@ -93,20 +95,19 @@ def load_model(config: Config, path: str = "", train: bool = True, shard: bool =
     shards it where the policy is. Raises ConfigError if it cannot be found, or is not read whole.
     """
     path = path or config.model.path
-    check_model_folder(config, path)
+    check_model_folder(config, path, samples=not train)  # train_rl.py's preflight has checked what it trains
     base = base_of(path, config)
     model, _ = read_weights(AutoModelForCausalLM, base, loading_options(config, train))
     ends = None
     if model.generation_config is not None:
         model.generation_config = valid_generation_config(model.generation_config, base)
         ends = model.generation_config.eos_token_id
-    tokenizer = load_tokenizer(path, config)
-    chat = ChatFormat(tokenizer, config.model.thinking, [ends] if isinstance(ends, int) else ends or ())
+    chat = load_chat(path, config, [ends] if isinstance(ends, int) else ends or ())
     return place_on_device(config, model, chat, base, path if is_adapter(path) else "", train, shard=shard)
 
 
 def read_weights(
-    kind: Any, base: str, options: dict[str, Any], new: str = " ", unread: str = " "
+    kind: Any, base: str, options: dict[str, Any], new: str | tuple[str, ...] = (), unread: str | tuple[str, ...] = ()
 ) -> tuple[torch.nn.Module, list[str]]:
     """Load a model's weights: every one of the files', into every one of the model's; and the names of new ones.
 
@@ -144,12 +145,15 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:2]) + f" and {len(names) - 2} more" * (len(names) > 2)
 
 
+def tied_ends(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return a model's embedding and its head if they are said to be one, else nothing."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return ends if model.config.get_text_config().tie_word_embeddings and ends[1] is not None else []
+
+
 def check_tied_head(model: torch.nn.Module, base: str) -> None:
     """Check that a head which is said to be the embedding is it: an engine would believe it. Raises ConfigError."""
-    head = model.get_output_embeddings()
-    if not model.config.get_text_config().tie_word_embeddings or head is None:
-        return
-    if head.weight is not model.get_input_embeddings().weight:
+    if len({id(end.weight) for end in tied_ends(model)}) == 2:
         raise ConfigError(
             f"{base} has an lm_head of its own, and its config.json says tie_word_embeddings=true: set it to false, or "
             "take lm_head.weight out of the file"
@@ -301,11 +305,15 @@ def _add_adapter(config: Config, model: torch.nn.Module, base: str, adapter: str
             task_type=task,
         )
     made.inference_mode, made.base_model_name_or_path = False, None  # peft would warn of its own name for the base
+    tied = tied_ends(model)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the same on every rank
             adapted = get_peft_model(model, made)
-        report = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu")) if adapter else None
+        weights = load_peft_weights(adapter, device="cpu") if adapter else {}
+        if config.model.tune != "full":
+            check_base_weights(adapted, weights, adapter)
+        report = set_peft_model_state_dict(adapted, weights) if adapter else None
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"the adapter {adapter} does not fit {base}: {one_line(error)}") from None
     adapted.peft_config["default"].base_model_name_or_path = place_in_project(base)
@@ -314,33 +322,64 @@ def _add_adapter(config: Config, model: torch.nn.Module, base: str, adapter: str
         lacking = [name for name in report.missing_keys if name in own]
         if odd := [*report.unexpected_keys, *lacking]:
             raise ConfigError(f"the adapter {adapter} does not fit {base}: {odd[0]} is not in both of them")
-    if config.model.tune != "full":
-        check_adapted_layers(adapted, adapter)
+    check_adapted_layers(adapted, adapter, tied, kept=config.model.tune != "full")
     return adapted
+
+
+def check_base_weights(adapted: PeftModel, weights: dict[str, torch.Tensor], adapter: str) -> None:
+    """Check that weights of the base which lie in an adapter's file, as embeddings do, are the base's own: others would
+    not be saved again. Raises ConfigError."""
+    for name, own in adapted.state_dict().items():
+        other = weights.get(name)
+        if other is not None and other.shape == own.shape and not torch.equal(other.to(own), own):
+            raise ConfigError(
+                f"the adapter {adapter} has another {name} than the model under it, which a checkpoint would lack: set "
+                "model.tune=full, which takes it up"
+            )
 
 
 def merged(adapted: PeftModel, adapter: str) -> torch.nn.Module:
     """Make an adapter of any kind part of the weights. Raises ConfigError for those that peft cannot merge."""
+    tied = bool(tied_ends(adapted.get_base_model()))  # peft may part them, and changes the config then
     try:
         model = adapted.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError) as error:
         kind = adapted.peft_config["default"].peft_type
         raise ConfigError(f"the adapter {adapter}, of the kind {kind}, cannot be merged: {one_line(error)}") from None
-    check_tied_head(model, adapter)
+    if tied and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        raise _parts_tied_ends(adapted, adapter, "modules_to_save")
     return model
 
 
-def check_adapted_layers(adapted: PeftModel, adapter: str) -> None:
-    """Check that `named_weights` can add the adapter into what it adapts. Raises ConfigError."""
-    base = adapted.get_base_model()
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    tied = base.config.get_text_config().tie_word_embeddings
+def check_adapted_layers(adapted: PeftModel, adapter: str, tied: Sequence[torch.nn.Module], kept: bool) -> None:
+    """Check that an adapter leaves a head alone that is the embedding at once (`tied`: what both were before), and, if
+    it is `kept`, that `named_weights` can add it into what it adapts. Raises ConfigError."""
     for name, layer in adapted.named_modules():
-        if isinstance(layer, LoraLayer) and ("default" not in layer.lora_A or (tied and layer in ends)):
-            why = "is the embedding at once" if tied and layer in ends else "is no linear layer"
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):  # which stays tied
+            continue
+        if any(part is end for part in layer.modules() for end in tied):
+            raise _parts_tied_ends(adapted, adapter, name)
+        if kept and "default" not in layer.lora_A:
             raise ConfigError(
-                f"the adapter {adapter} adapts {name}, which {why}: merge it into its base with peft first"
+                f"the adapter {adapter} adapts {name}, which is no linear layer: merge it into its base with peft "
+                "first, or set model.tune=full"
             )
+
+
+def _parts_tied_ends(adapted: PeftModel, adapter: str, what: str) -> ConfigError:
+    """Make the error about an adapter of one end of a model whose ends are one: merged it would change the other, too,
+    or there would be two, of which an engine that reads the base's config knows nothing."""
+    made = adapted.peft_config["default"]
+    cure = (
+        "give that a head of its own first (tie_word_embeddings=false in its config.json, lm_head.weight a copy of the "
+        "embedding's), and set model.base to it"
+    )
+    if getattr(made, "ensure_weight_tying", False):
+        cure = "peft cannot merge one that is tied itself (ensure_weight_tying): train another without these layers"
+    return ConfigError(
+        f"the adapter {adapter} changes a head that is the embedding at once ({what}), as tie_word_embeddings of "
+        f"{made.base_model_name_or_path} says: {cure}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -444,6 +483,15 @@ def by_sample(
     return result
 
 
+def head_rows(model: LanguageModel, token_C: torch.Tensor) -> torch.Tensor:
+    """Return the lm_head's weights of some tokens, its adapter added in: [C, H]. Weights must not be sharded."""
+    head = model.inner.get_output_embeddings()
+    if not isinstance(head, LoraLayer):
+        return head.weight[token_C]
+    change_CH = head.lora_B["default"].weight[token_C].float() @ head.lora_A["default"].weight.float()
+    return head.weight[token_C].float() + change_CH * head.scaling["default"]  # peft's .weight is the base's
+
+
 @torch.no_grad()
 def logit_gradients(
     model: LanguageModel,
@@ -460,7 +508,7 @@ def logit_gradients(
     It is one-hot of the target minus the policy's probabilities; these are the whole vocabulary's, not renormalised to
     the sorted `token_C`: their denominator is given, or follows from the targets' log-probs if all are among token_C.
     """
-    weight_CH = model.inner.get_output_embeddings().weight[token_C]
+    weight_CH = head_rows(model, token_C)
     with model.autocast():  # as log-probs are computed
         grad_TC = torch.nn.functional.linear(hidden_TH, weight_CH).float() / temperature
     column_T = torch.searchsorted(token_C, target_T).clamp(max=len(token_C) - 1)

@@ -2,7 +2,7 @@
 
 check_model_folder(config)                  what would stop a run later stops it here, in seconds
 is_adapter(path), base_of(path, config)     an adapter's folder, and the whole model under it
-load_tokenizer(path, config)                exactly as tokenizer.json says
+load_tokenizer(path, config)                exactly as tokenizer.json says; load_chat: the chat format with it
 fingerprint(path)                           the same for the same weights, wherever they lie
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -32,26 +33,34 @@ KEPT = {  # LoRA options of an adapter that training keeps as they come: its lay
     *("task_type", "peft_type", "peft_version", "auto_mapping", "inference_mode", "revision"),
     *("base_model_name_or_path", "runtime_config", "qalora_group_size", "ensure_weight_tying"),
 }
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 LFS_POINTER = b"version https://git-lfs"
 
 
-def check_model_folder(config: Config, path: str = "") -> None:
-    """Check all that can be told of a model (default: config.model.path) without its weights. Raises ConfigError."""
+def check_model_folder(config: Config, path: str = "", samples: bool = True) -> None:
+    """Check all that can be told of a model (default: config.model.path) without its weights. Raises ConfigError.
+
+    `samples`: whether rollouts will sample from it, whose limits have to fit.
+    """
     path = path or config.model.path
     check_path(path)
-    if config.model.base and config.model.tune == "full" and not is_adapter(path):
-        raise ConfigError(f"model.base={config.model.base} is for adapters, and {path} is a whole model")
     if is_adapter(path):
         check_adapter(path, config)
+    elif config.model.base and path == config.model.path and fingerprint(config.model.base) != fingerprint(path):
+        # not of a checkpoint: one of all weights that a run made of an adapter needs no base, and base_of() takes none
+        raise ConfigError(
+            f"model.base={config.model.base} is for adapters, and {path} is a whole model, and another one: leave "
+            "model.base empty"
+        )
     base = base_of(path, config)
     try:
         shape = AutoConfig.from_pretrained(base)
     except Exception as error:  # of many classes, for instance by a field of another type
         raise ConfigError(f"no model at {base}: {one_line(error)}") from None
-    check_architecture(base, shape)
-    check_length(base, shape, config)
-    tokenizer = load_tokenizer(path, config)
-    chat = ChatFormat(tokenizer, config.model.thinking)
+    check_architecture(base, shape, "base" if is_adapter(path) else "path")
+    if samples:
+        check_length(base, shape, config)
+    chat = load_chat(path, config)
     rows = shape.get_text_config().vocab_size
     if (largest := max(*chat.encode(PROBE), *chat.encode_reply(PROBE))) >= rows:
         raise ConfigError(f"{path}: the chat format has token {largest}, the model's embedding only {rows} rows")
@@ -69,14 +78,17 @@ def check_path(path: str) -> None:
             raise ConfigError(f"no model at {path}: {what}{where}, and it is not a hub id either{near_miss(folder)}")
         return
     if is_adapter(path):
-        if not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
-            raise ConfigError(f"{path} is not a whole adapter: it has no adapter_model.safetensors")
+        weights = folder / "adapter_model.safetensors"
+        if not weights.is_file():
+            cure = ": save it with safe_serialization=True" if weights.with_suffix(".bin").is_file() else ""
+            raise ConfigError(f"{path} is not a whole adapter: it has no {weights.name}{cure}")
+        check_weight_file(weights)
         return
     for needed in ("config.json", "tokenizer.json"):
         if not (folder / needed).is_file():
             raise ConfigError(f"{path} is not a model folder: it has no {needed}{near_miss(folder)}")
     if not any(folder.glob("*.safetensors")):
-        cure = ": save it with safe_serialization" if any(folder.glob("*.bin")) else near_miss(folder)
+        cure = ": save it with safe_serialization=True" if any(folder.glob("*.bin")) else near_miss(folder)
         raise ConfigError(f"{path} is not a model folder: it has no *.safetensors weights{cure}")
 
 
@@ -93,8 +105,11 @@ def near_miss(folder: Path) -> str:
     return f"; did you mean {found}?" if found else ""
 
 
-def check_architecture(base: str, shape: Any) -> None:
-    """Check that a config.json describes a causal language model that is not quantised. Raises ConfigError."""
+def check_architecture(base: str, shape: Any, option: str) -> None:
+    """Check that a config.json describes a causal language model that is not quantised. Raises ConfigError.
+
+    `option`: which one of config.model names the model.
+    """
     wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(shape.model_type)
     said = shape.architectures or ([wanted] if isinstance(wanted, str) else [])
     if wanted is None or wanted not in said:
@@ -105,8 +120,8 @@ def check_architecture(base: str, shape: Any) -> None:
     if quantised := getattr(shape, "quantization_config", None):
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise ConfigError(
-            f"{base} has quantised weights ({kind or 'quantization_config'}), which cannot be trained: take the model "
-            "that they were made of (model.tune=qlora makes 4 bits of it by itself)"
+            f"{base} has quantised weights ({kind or 'quantization_config'}), which cannot be trained: set model."
+            f"{option} to the model that they were made of (model.tune=qlora makes 4 bits of it by itself)"
         )
     try:
         with torch.device("meta"):  # of its shapes alone
@@ -136,25 +151,26 @@ def check_length(base: str, shape: Any, config: Config) -> None:
             )
 
 
-def check_generation_config(base: str) -> GenerationConfig | None:
-    """Read a model's generation_config.json, if it has one. Raises ConfigError for one that cannot be saved again."""
+def check_generation_config(base: str) -> None:
+    """Check a model's generation_config.json, if it has one. Raises ConfigError for one that cannot be saved again."""
     try:
         found = GenerationConfig.from_pretrained(base)
     except (OSError, ValueError, TypeError) as error:
         if Path(base).is_dir() and (Path(base) / "generation_config.json").exists():
             raise ConfigError(f"{base}/generation_config.json: {one_line(error)}; correct or delete it") from None
-        return None
-    return valid_generation_config(found, base)
+        return
+    valid_generation_config(found, base)
 
 
 def valid_generation_config(found: GenerationConfig, base: str) -> GenerationConfig:
-    """Make a generation config one that can be saved: it says how to sample, so that it samples. Raises ConfigError.
+    """Make a generation config one that can be saved: if it says how to sample, it samples. Raises ConfigError for
+    whatever else transformers reads and refuses to write.
 
-    Many published ones have a temperature and do_sample=false, which transformers reads and refuses to write. What is
-    sampled here hangs on nothing in it but the ids that end a turn.
+    Many published ones have a temperature, or any of SAMPLING, and do_sample=false. What is sampled here hangs on
+    nothing in it but the ids that end a turn.
     """
     if not found.do_sample:
-        found.do_sample = any(getattr(found, key, None) is not None for key in ("temperature", "top_p", "top_k"))
+        found.do_sample = any(getattr(found, key, None) is not None for key in SAMPLING)
     try:
         found.validate(strict=True)
     except (ValueError, TypeError) as error:
@@ -283,6 +299,16 @@ def place_in_project(base: str) -> str:
 # Tokenizers
 
 
+def load_chat(path: str, config: Config, more_ends: Iterable[int] = ()) -> ChatFormat:
+    """Make the chat format of a model, from its tokenizer and config.model. Raises ConfigError."""
+    tokenizer = load_tokenizer(path, config)
+    try:
+        return ChatFormat(tokenizer, config.model.thinking, more_ends)
+    except ConfigError as error:
+        own = f"model.chat_template={config.model.chat_template}: " if config.model.chat_template else ""
+        raise ConfigError(f"{own}{error}") from None
+
+
 def load_tokenizer(path: str, config: Config) -> Any:
     """Load the tokenizer of a model, or of an adapter's base where it lies beside that alone, exactly as tokenizer.json
     describes it, with model.chat_template if that is set.
@@ -312,7 +338,10 @@ def load_tokenizer(path: str, config: Config) -> Any:
         file = Path(config.model.chat_template)
         if not file.is_file():
             raise ConfigError(f"model.chat_template={file} does not exist; it is a file in Jinja")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"model.chat_template={file} is no text in UTF-8 ({one_line(error)})") from None
     return tokenizer
 
 

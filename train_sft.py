@@ -31,14 +31,14 @@ from transformers import AutoConfig
 
 import chat_rows
 import envs
+import prompts
 import sft_data
-from chat import ChatFormat
 from checkpoint import FINAL, RunLock, TrainState, check_disk, rehearse_save, resume, save_checkpoint
 from config import Config, ConfigError
 from distributed import Optimizer, PreemptionSignal, adamw, init_distributed, progress_bar
 from logger import drop_later, save_run_info
 from model import LanguageModel, load_model, token_logprobs, training_batches
-from model_files import base_of, check_model_folder, known_positions, load_tokenizer
+from model_files import base_of, check_model_folder, known_positions, load_chat
 from packing import Sample
 
 BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.95), 0.01, 1.0  # AdamW's
@@ -81,9 +81,20 @@ def preflight(config: Config, world: int) -> None:
         raise ConfigError(f"sft.samples_per_update={sft.samples_per_update} does not divide over {world} ranks")
     if sft.data and not Path(sft.data).is_file():
         raise ConfigError(f"sft.data={sft.data} does not exist; it holds chats (their forms: chat_rows.py)")
+    if sft.data and sft.variant == "generative" and sft.judge_examples < 2:
+        raise ConfigError(
+            f"sft.judge_examples={sft.judge_examples} gives no judged steps to learn beside sft.data: set it to 2 or "
+            "more, or sft.variant=vanilla"
+        )
     if not sft.data or sft.variant == "generative":  # else nobody has to play
         sft_data.check(config)
-    check_model_folder(config)
+    check_model_folder(config, samples=False)
+    if not sft.data:  # the rows, when they are read, are checked for all else
+        tag = prompts.REASONING[config.prompt_style][0]
+        try:
+            load_chat(config.model.path, config).check_reply(f"<{tag}>So.</{tag}>")
+        except ConfigError as error:
+            raise ConfigError(f"prompt_style={config.prompt_style}: {error}") from None
 
 
 def load_rows(
@@ -103,13 +114,13 @@ def load_rows(
     if dist.get_rank() == 0:
         sft_data.rows_file(config, kind, make)
     dist.barrier()
-    return rows + chat_rows.read_rows(sft_data.rows_file(config, kind, make), fits)
+    return rows + chat_rows.read_rows(sft_data.rows_file(config, kind, make), fits, labelled=True)
 
 
 def row_check(config: Config) -> Callable[[dict], None]:
     """Return the check of whether the model of a config can learn a row, which raises ConfigError if it cannot."""
     path = config.model.path
-    chat = ChatFormat(load_tokenizer(path, config), config.model.thinking)
+    chat = load_chat(path, config)
     control = [token.content for token in chat.tokenizer.added_tokens_decoder.values() if token.special]
     known = known_positions(AutoConfig.from_pretrained(base_of(path, config)))
 
@@ -123,6 +134,7 @@ def row_check(config: Config) -> Callable[[dict], None]:
         for message in row["prompt"]:  # what the assistant said earlier may be shown without its thoughts
             if message["role"] != "assistant" and message["content"].strip() not in shown:
                 raise ConfigError(f"the chat template of {path} does not show what the {message['role']} says")
+        chat.check_reply(row["response"])
         # A token is a byte or more, so that few rows, if any, have to be tokenised for this: to show 60,000 takes a
         # second, to tokenise them twenty, which training does on its way.
         if len(shown.encode()) + len(row["response"].encode()) >= known:

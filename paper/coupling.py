@@ -27,7 +27,7 @@ from torch import Tensor
 import judge
 from config import Config
 from distributed import all_gather_objects, unsharded
-from model import LanguageModel, last_hidden, logit_gradients
+from model import LanguageModel, head_rows, last_hidden, logit_gradients
 from packing import Sample, micro_batches
 from rollout import Episode
 
@@ -191,12 +191,12 @@ def all_logit_gradients(
     policy: LanguageModel, hidden_TH: torch.Tensor, target_T: torch.Tensor, temperature: float
 ) -> Iterator[torch.Tensor]:
     """Give model.logit_gradients over the whole vocabulary, in parts [T, some tokens]."""
-    weight_VH = policy.inner.get_output_embeddings().weight
-    parts = torch.arange(len(weight_VH), device=target_T.device).split(VOCABULARY_PART)
+    vocabulary = len(policy.inner.get_output_embeddings().weight)
+    parts = torch.arange(vocabulary, device=target_T.device).split(VOCABULARY_PART)
 
     def logits(token_C: torch.Tensor) -> torch.Tensor:
         with policy.autocast():
-            return torch.nn.functional.linear(hidden_TH, weight_VH[token_C]).float() / temperature
+            return torch.nn.functional.linear(hidden_TH, head_rows(policy, token_C)).float() / temperature
 
     # the denominator of the softmax first, over all parts
     total_T = torch.stack([logits(token_C).logsumexp(-1) for token_C in parts]).logsumexp(0)

@@ -80,6 +80,43 @@ def test_a_reply_to_a_prompt_that_opens_the_thought(tokenizer):
     assert not prompts.parse_reply(with_template(tokenizer, "Qwen2.5").reply(sampled)).valid
 
 
+@pytest.mark.parametrize(
+    "reply", [REPLY, f"\n{REPLY}", REPLY.replace("<think>", " <think>\n"), REPLY.removeprefix("<think>")]
+)
+def test_a_taught_reply_has_the_tag_once(tokenizer, reply):
+    chat = with_template(tokenizer, "R1")
+    chat.check_reply(reply)
+    whole = tokenizer.decode(chat.encode("look") + chat.encode_reply(reply))
+    assert whole.count("<think>") == whole.count("</think>") == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "On the desk.",
+        "<think>a",
+        "Well. <think>a</think>b",
+        "<think><think>a</think>b",
+        "<planning>a</planning><action>look</action>",
+    ],
+)
+def test_a_taught_reply_closes_the_thought_that_the_prompt_opens(tokenizer, reply):
+    with pytest.raises(ConfigError, match=r"opens a thought \(<think>\), which .*model.thinking=off.*model.chat_temp"):
+        with_template(tokenizer, "R1").check_reply(reply)
+    for name in TEMPLATES.keys() - {"R1"}:
+        with_template(tokenizer, name).check_reply(reply)
+    with_template(tokenizer, "Qwen3", thinking="off").check_reply(reply)
+
+
+@pytest.mark.parametrize("thought", ["", "Hm.</think>\n", "Hm. <THINK>So.</think>"])
+def test_a_sampled_reply_may_have_rlvmrs_tags_after_the_thought_or_in_it(tokenizer, thought):
+    """Only its own tags count in that style: policies that think by nature can be trained in it."""
+    chat = with_template(tokenizer, "R1")
+    sampled = tokenizer(f"{thought}<planning>Go.</planning><action>look</action>")["input_ids"]
+    parsed = prompts.parse_reply(chat.reply(sampled), "rlvmr")
+    assert parsed.valid and parsed.thought == "Go." and parsed.action == "look"
+
+
 def test_what_ends_a_turn_is_one_set(tokenizer):
     """The tokenizer's eos, generation_config's, and what the template writes; but no id that is an ordinary token."""
     extra, word = tokenizer.convert_tokens_to_ids(["<|im_start|>", "a"])
@@ -89,7 +126,11 @@ def test_what_ends_a_turn_is_one_set(tokenizer):
 
 
 def test_the_day_in_a_prompt_does_not_change(tokenizer):
+    """Whether a template is told the date, or asks for it."""
     assert "Today Date: 26 Jul 2024" in tokenizer.decode(with_template(tokenizer, "Llama 3").encode("look"))
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = "{{ strftime_now('%Y-%m-%d, a %A') }}\n" + TEMPLATES["Qwen2.5"]
+    assert ChatFormat(made).render([{"role": "user", "content": "look"}]).startswith("2024-07-26, a Friday\n")
 
 
 def test_a_system_message_and_several_turns(tokenizer):
@@ -111,6 +152,9 @@ def test_a_system_message_and_several_turns(tokenizer):
         (TEMPLATES["Qwen2.5"], {"thinking": "on"}, "model.thinking=on: .* knows no such switch"),
         ("{{ raise_exception('never') }}", {}, "cannot show these messages: never"),
         ("{{ messages[0].content", {}, "cannot show these messages: "),
+        ("{% for m in messages %}\n{{ m.content }\n", {}, "cannot show these messages: "),
+        ("{{ messages[0].content }}{{ 1 / 0 }}", {}, "cannot show these messages: division by zero"),
+        ("{{ '{key}'.format() }}", {}, "cannot show these messages: 'key'"),
         ("Hello.", {}, "does not show what the user says"),
         ("{{ messages[0].content }}", {}, "does not show what the assistant says"),
     ],

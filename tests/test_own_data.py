@@ -21,7 +21,7 @@ from chat_rows import read_rows
 from checkpoint import resume
 from config import Config, ConfigError, EnvConfig, ModelConfig, SFTConfig
 from model import load_model
-from model_files import load_tokenizer
+from model_files import load_chat, load_tokenizer
 from sft_data import rows_file
 
 BASE = str(tiny.ROOT / "assets" / "base")
@@ -112,6 +112,10 @@ FORMS = {  # what a row is, and the turns that are in it
     "prompt and completion": (
         {"prompt": say(*LONG[:4]), "completion": say(LONG[4])}, (LONG[0], LONG[1], "A: On the desk.", LONG[3], LONG[4])
     ),
+    "a thought that the reply holds": (
+        {"prompt": "Where is the mug?", "response": "<think>Hm.</think>There.", "reasoning": "Hm.\n", "thinking": ""},
+        (SHORT[0], "a: <think>Hm.</think>There."),
+    ),
     "messages and a text": ({"prompt": say(SHORT[0]), "response": "On the desk."}, SHORT),
     "a text and messages": ({"prompt": "Where is the mug?", "completion": say(SHORT[1])}, SHORT),
 }  # fmt: skip
@@ -147,9 +151,11 @@ def test_an_episode_as_rlvmr_writes_it(tmp_path: Path) -> None:
     assert read_rows(path) == rows * 2
 
 
-def test_a_label_is_kept(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", row_of(USER, ASSISTANT, label=0), row_of(USER, ASSISTANT, label="x"))
-    assert read_rows(path) == [learned(*SHORT)[0] | {"label": 0}, *learned(*SHORT)]
+def test_a_label_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", row_of(USER, ASSISTANT, label=0), row_of(USER, ASSISTANT))
+    assert read_rows(path, labelled=True) == [learned(*SHORT)[0] | {"label": 0}, *learned(*SHORT)]
+    with pytest.raises(ConfigError, match=r'line 1: "label" is of preference data'):
+        read_rows(path)
 
 
 def lines_of(text: str) -> bytes:
@@ -254,7 +260,18 @@ REFUSED = [  # a row, and what is said of it
     (row_of(USER, ASSISTANT | {"loss": "no"}), r'message 2: "weight" is 0 or 1, "loss" false or true'),
     (row_of(USER | {"weight": 1}, ASSISTANT), r"message 1: weight or loss would have a user's message learned"),
     (row_of(USER, ASSISTANT, weight=0.1), r'rows with "weight" cannot be learned here'),
-    (row_of(USER, ASSISTANT, label=False), r'"label": true or false is of preference data'),
+    (row_of(USER, ASSISTANT, label=False), r'"label" is of preference data: leave bad replies out'),
+    ({"prompt": "a", "completion": "b", "label": 0}, r'"label" is of preference data'),
+    ({"prompt": "a", "completion": "b", "label": 0.5}, r'"label" is of preference data'),
+    (row_of(USER, ASSISTANT, label="bad"), r'"label" is of preference data'),
+    ({"instruction": "a", "output": "b", "chosen": "b", "rejected": "c"}, r'"chosen" is of preference data'),
+    (row_of(USER, ASSISTANT, rejected=say("u: a", "a: c")), r'"rejected" is of preference data'),
+    ({"prompt": "a", "response": "b", "reasoning_content": "Hm."}, r'has "reasoning_content", which would be lost'),
+    ({"prompt": "a", "response": "b", "thinking": "Hm."}, r'has "thinking", which would be lost: write it into'),
+    ({"prompt": "a", "completion": "b", "reasoning": ["Hm."]}, r'has "reasoning", which would be lost'),
+    ({"instruction": "a", "output": "b", "rationale": "Hm."}, r'has "rationale", which would be lost'),
+    ({"data": [{"prompt": "a", "response": "b", "thought": "Hm."}]}, r'step 1: the row has "thought"'),
+    ({"data": [{"prompt": "a", "response": "b"}], "thinking": "Hm."}, r'the row has "thinking"'),
     (row_of(USER, ASSISTANT, conversations=human(*SHORT)), r'both "messages" and "conversations"'),
     (row_of(USER, ASSISTANT, instruction="a", output="b"), r'both "messages" and "instruction", .*; known are'),
     (row_of(USER, ASSISTANT, completion="b"), r'both "messages" and "completion"'),
@@ -380,6 +397,23 @@ def test_a_row_that_the_model_cannot_take_is_named(template: str, turns: tuple, 
         train_sft.load_rows(config)
     write(there / "rows.jsonl", good, good)
     assert train_sft.load_rows(config) == learned("u: a", "a: b", "u: c", "a: d") * 2
+
+
+@pytest.mark.parametrize("reply", ["On the desk.", "<planning>a</planning><action>look</action>", "<think>Hm."])
+def test_a_reply_that_leaves_the_thought_open_is_named(reply: str, there: Path) -> None:
+    """Of a template that opens it; those that close it are learned with the tag once."""
+    (there / "chat.jinja").write_text("{% for m in messages %}" + TURN + "{% endfor %}" + OPEN.replace(
+        "assistant\n", "assistant\n<think>\n"))  # fmt: skip
+    good = {"messages": say("u: a", "a: \n<think>Hm.</think>b")}
+    config = config_of(write(there / "rows.jsonl", good, {"prompt": "a", "response": reply}), there / "chat.jinja")
+    with pytest.raises(ConfigError, match=r"^[^\n]*rows\.jsonl, line 2: [^\n]* opens a thought \(<think>\), [^\n]*\Z"):
+        train_sft.load_rows(config)
+    write(there / "rows.jsonl", good)
+    (row,) = train_sft.load_rows(config)
+    sample, _ = train_sft.tokenise(load_model(config), row, 0.0)
+    chat = load_chat(BASE, config)
+    assert chat.tokenizer.decode(sample.prompt_ids).endswith("<|im_start|>assistant\n<think>\n")
+    assert chat.tokenizer.decode(sample.response_ids) == "Hm.</think>b<|im_end|>"
 
 
 def test_a_row_may_fill_every_position(there: Path) -> None:

@@ -38,6 +38,8 @@ def in_the_lighthouse(**sft) -> Config:
         ({"noise": 0.1}, r"sft.noise=0.1: the environment toy_environment has no TEMPLATES.slip; set it to 0"),
         ({"idle": 0.2}, r"sft.idle=0.2: the environment toy_environment has no TEMPLATES.idle; set it to 0"),
         ({"data": "nosuch.jsonl"}, r"sft.data=nosuch.jsonl does not exist"),
+        ({"data": __file__, "variant": "generative", "judge_examples": 0}, r"sft.judge_examples=0 gives no judged"),
+        ({"data": __file__, "variant": "generative", "judge_examples": 1}, r"set it to 2 or more, or sft.variant=vani"),
         ({"samples_per_update": 3}, r"sft.samples_per_update=3 does not divide over 2 ranks"),
     ],
 )
@@ -63,6 +65,32 @@ def test_what_an_environment_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file = tmp_path / "rows.jsonl"
     file.write_text("")
     preflight(dataclasses.replace(there, sft=SFTConfig(noise=0.5, data=str(file))), 1)  # nobody plays
+
+
+def spoiled(tmp_path: Path, **files) -> Config:
+    """A config of the base model with other fields in its config.json, or another chat template."""
+    folder = tiny.copy(Path(BASE), tmp_path / "given")
+    fields = json.loads((folder / "config.json").read_text()) | files.get("fields", {})
+    (folder / "config.json").write_text(json.dumps(fields))
+    if "template" in files:
+        (folder / "chat_template.jinja").write_text(files["template"])
+    return dataclasses.replace(in_the_lighthouse(), model=ModelConfig(path=str(folder)))
+
+
+def test_rows_need_no_room_for_rollouts(tmp_path: Path) -> None:
+    preflight(spoiled(tmp_path, fields={"max_position_embeddings": 512}), 1)
+
+
+def test_rlvmrs_tags_are_not_taught_inside_of_a_thought(tmp_path: Path) -> None:
+    """Where the template opens one; rows of one's own are checked when they are read."""
+    opening = (Path(BASE) / "chat_template.jinja").read_text().replace("assistant\n", "assistant\n<think>\n")
+    config = spoiled(tmp_path, template=opening)
+    preflight(config, 1)
+    rlvmr = dataclasses.replace(config, prompt_style="rlvmr")
+    with pytest.raises(ConfigError, match=r"^prompt_style=rlvmr: the chat template of .* opens a thought"):
+        preflight(rlvmr, 1)
+    preflight(dataclasses.replace(rlvmr, model=ModelConfig(path=BASE)), 1)
+    preflight(dataclasses.replace(rlvmr, sft=SFTConfig(data=__file__)), 1)
 
 
 def test_rows_of_ones_own(tmp_path: Path) -> None:
