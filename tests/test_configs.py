@@ -1,6 +1,7 @@
 """Every file in configs/, and every command that a file's head or a README documents."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -34,7 +35,8 @@ def test_documented_commands_resolve(ranks, script, file, overrides, monkeypatch
     monkeypatch.chdir(tiny.ROOT)
     monkeypatch.setenv("WORLD_SIZE", ranks or "1")
     # earlier commands of a head make models and games
-    monkeypatch.setattr(train_sft, "check_model_folder", lambda config: None)
+    monkeypatch.setattr(train_sft, "check_model_folder", lambda config, **_: None)
+    monkeypatch.setattr(train_sft, "load_chat", lambda *_: SimpleNamespace(check_reply=lambda text: None))
     monkeypatch.setattr(envs, "tasks", lambda *_: [])
     monkeypatch.setattr(envs, "check_reset", lambda *_: None)
     config = configuration.load(file, overrides.split())

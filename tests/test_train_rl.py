@@ -769,7 +769,7 @@ MISTAKES = {
     "indivisible": (["rollout.groups=3"], "rollout.groups=3 does not divide over 2 ranks; set it to 2 or 4"),
     "no checkpoint": (["model.path=runs/nothing/checkpoints/latest"], "no model at runs/nothing/checkpoints/latest"),
     "no data": (["env.data=nowhere"], "no games in nowhere/json_2.1.1/train"),
-    "no vllm": (["rollout.engine=vllm"], "vLLM is not installed"),
+    "no vllm": (["rollout.engine=vllm"], "needs vLLM, which is not installed"),
 }
 
 
