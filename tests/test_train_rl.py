@@ -793,7 +793,7 @@ def mistaken(small_games, tmp_path_factory):
     found: dict[str, list] = {}
     for (name, _), process in running.items():
         try:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=240)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             errors = "it hangs"
