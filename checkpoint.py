@@ -92,10 +92,9 @@ def resume(config: Config, **learned: Iterable[str]) -> TrainState:
     `learned` is what it learns from: the ids of its `games`, or in a cold start the texts of its `rows`. Raises
     ConfigError if the checkpoint was made by other settings, from another model, or learned from something else.
     """
-    folder = config.run_dir / "checkpoints" / "latest"
     origin = {name: _digest(texts) for name, texts in learned.items()} | _model_origin(config)
-    _check_latest(folder)
-    if not folder.exists():
+    folder = _last_checkpoint(config.run_dir / "checkpoints" / "latest")
+    if folder is None:
         return TrainState(guidelines=first_guidelines(config), origin=origin, folder=config.model.path)
     saved = _load(folder / "trainer" / "state.pt")
     if "guidelines" not in saved:
@@ -134,22 +133,24 @@ def _model_origin(config: Config) -> dict[str, str]:
     return origin
 
 
-def _check_latest(link: Path) -> None:
-    """Check that `latest` is the link that a run leaves, or that there is no checkpoint at all. Raises ConfigError with
-    the command that mends it."""
-    if link.is_symlink() and link.is_dir():
-        return
+def _last_checkpoint(link: Path) -> Path | None:
+    """Find the checkpoint that `latest` links to, or without a link the newest, which a kill right after the first save
+    leaves; None if there is none. Raises ConfigError, with the command that mends it, where `latest` is something else.
+    """
     there = sorted(path.name for path in link.parent.glob("*") if path.name.isdigit() or path.name == FINAL)
-    if there or os.path.lexists(link):
-        if there:
-            cure = f"rm -rf {link}; ln -s {there[-1]} {link}"
-        elif link.is_dir():
-            is_final = not any((link / "trainer").glob("optimizers_*.pt"))
-            name = FINAL if is_final else f"{_load(link / 'trainer' / 'state.pt')['iteration']:06d}"
-            cure = f"mv {link} {link.with_name(name)}; ln -s {name} {link}"
-        else:
-            cure = f"rm {link}, and the run begins anew"
-        raise ConfigError(f"{link} is not the link to the last checkpoint, which a run leaves there: {cure}")
+    if link.is_symlink() and link.is_dir():
+        return link
+    if not os.path.lexists(link):
+        return link.with_name(there[-1]) if there else None
+    if there:
+        cure = f"rm -rf {link}; ln -s {there[-1]} {link}"
+    elif link.is_dir():
+        is_final = not any((link / "trainer").glob("optimizers_*.pt"))
+        name = FINAL if is_final else f"{_load(link / 'trainer' / 'state.pt')['iteration']:06d}"
+        cure = f"mv {link} {link.with_name(name)}; ln -s {name} {link}"
+    else:
+        cure = f"rm {link}, and the run begins anew"
+    raise ConfigError(f"{link} is not the link to the last checkpoint, which a run leaves there: {cure}")
 
 
 def changed_settings(

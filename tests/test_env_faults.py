@@ -354,7 +354,12 @@ def test_one_task_that_cannot_be_begun_does_not_stop_a_run(there: Path) -> None:
     begins = "if task.id == 'find-attic-cellar-attic': raise OSError\n        return Lighthouse.reset(self, task)"
     room = MAKES.format("reset(self, task)", f"\n        {begins}")
     (there / "faulty.py").write_text(f"import dataclasses\nfrom toy_env import *\n{room}\n")
-    use(EnvConfig(name="faulty"))
+    env_cfg = EnvConfig(name="faulty")
+    use(env_cfg)
+    (env,) = envs.make_pool(env_cfg, 1)
+    (task,) = (one for one in envs.tasks(env_cfg, "L0", "train") if one.id == "find-attic-cellar-attic")
+    with pytest.raises(OSError):
+        env.reset(task)
 
 
 def test_the_collector_blames_an_environment_that_answers_with_something_else(there: Path) -> None:

@@ -19,6 +19,7 @@ import train_sft
 from chat_rows import text_of
 from config import Config, ConfigError, EnvConfig, ModelConfig, SFTConfig
 from model import all_logprobs, load_model
+from model_files import check_model_folder
 from sft_data import chat
 from train_sft import imitate, learning_rate, preflight, tokenise, updates
 
@@ -78,7 +79,10 @@ def spoiled(tmp_path: Path, **files) -> Config:
 
 
 def test_rows_need_no_room_for_rollouts(tmp_path: Path) -> None:
-    preflight(spoiled(tmp_path, fields={"max_position_embeddings": 512}), 1)
+    config = spoiled(tmp_path, fields={"max_position_embeddings": 512})
+    preflight(config, 1)
+    with pytest.raises(ConfigError, match="512"):  # what would sample from it does
+        check_model_folder(config)
 
 
 def test_rlvmrs_tags_are_not_taught_inside_of_a_thought(tmp_path: Path) -> None:
