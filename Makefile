@@ -1,12 +1,13 @@
 # make quickstart   from nothing to a table, on a laptop: quickstart.sh
 # make test         the whole test suite
 # make repeat       the quickstart with 3 training seeds, with GCD and without
+# make table1       Table 1 in miniature: every method with GCD and without, several seeds each; a night on 2 cores
 # make base         trains the tiny base model under assets/ anew
 # make clean        forgets the games and runs that quickstart made
 #
 # DEVICE, RANKS, PYTHON and TORCH_INDEX: see quickstart.sh and install.sh.
 
-.PHONY: quickstart test repeat base clean venv
+.PHONY: quickstart test repeat table1 base clean venv
 RUN := OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc_per_node=$(or $(RANKS),2)
 TINY := data/tiny_base_model
 RUNS := $(foreach seed,0 _1 _2,$(foreach kind,quickstart_sft quickstart_plain quickstart,runs/$(kind)$(seed:0=)))
@@ -23,6 +24,11 @@ venv:
 repeat:
 	for seed in 0 1 2; do SEED=$$seed ./quickstart.sh quickstart_plain && SEED=$$seed ./quickstart.sh || exit; done
 	.venv/bin/python evaluate.py --table $(RUNS)
+
+table1: venv
+	.venv/bin/python tools/make_games.py --out data/lab_games --train 1500 --seen 900 --unseen 1800 --seed 2 \
+		--receptacles 6 --objects 12
+	.venv/bin/python paper/table1.py
 
 base: venv
 	.venv/bin/python tools/make_games.py --out $(TINY)/games --train 6000 --seen 0 --unseen 0 --seed 1001 \

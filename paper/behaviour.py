@@ -174,20 +174,20 @@ def consistencies(subject: Subject, steps: Sequence[Step], salt: int) -> np.ndar
     return np.array([actions.count(step.action) / DRAWS for step, actions in zip(steps, drawn, strict=True)])
 
 
-def repeat_consistency(subject: Subject) -> Numbers:
+def repeat_consistency(subject: Subject, ways: Sequence[str] = REPEATS) -> Numbers:
     """Measure Figure 1: how consistently repeated actions are repeated, those of the checkpoint and of the panel."""
-    own = _consistency_of_repeats(subject, subject.own)
-    panel = own if subject.start is subject.own else _consistency_of_repeats(subject, subject.start)
+    own = _consistency_of_repeats(subject, subject.own, ways)
+    panel = own if subject.start is subject.own else _consistency_of_repeats(subject, subject.start, ways)
     return {f"{name} {key}": value for name, found in (("own", own), ("panel", panel)) for key, value in found.items()}
 
 
-def _consistency_of_repeats(subject: Subject, episodes: Sequence[Episode]) -> Numbers:
-    """Measure, of up to PROMPTS repeats by each of REPEATS, the mean consistency of the repeated action, the share of
-    high ones, and that of whichever action is taken most. The ways of counting share their steps where they can."""
+def _consistency_of_repeats(subject: Subject, episodes: Sequence[Episode], ways: Sequence[str]) -> Numbers:
+    """Measure, of up to PROMPTS repeats by each way, the mean consistency of the repeated action, the share of high
+    ones, and that of whichever action is taken most. The ways of counting share their steps where they can."""
     every = [(episode, index) for episode in episodes for index in range(len(episode.steps))]
     random.Random(0).shuffle(every)
     repeated_steps: dict[str, list[tuple[int, Step]]] = {}
-    for how in REPEATS:
+    for how in ways:
         repeated = {id(episode): find_repeats(episode, how, subject.config.env.name) for episode in episodes}
         chosen = [(episode.group, episode.steps[i]) for episode, i in every if repeated[id(episode)][i]]
         repeated_steps[how] = chosen[: min(PROMPTS, subject.config.judge.questions)]
@@ -210,11 +210,12 @@ def _consistency_of_repeats(subject: Subject, episodes: Sequence[Episode]) -> Nu
 # Good and flawed actions, steps, judging
 
 
-def consistency_by_label(subject: Subject) -> Numbers:
+def consistency_by_label(subject: Subject, panels: Sequence[str] = ("start", "halfway")) -> Numbers:
     """Measure Figure 5: consistency of good and flawed actions of the start and of the checkpoint halfway, binned by
     what it was at the start of each panel's first measurement."""
     numbers: Numbers = {"judge": subject.config.judge.teacher}
-    for name, episodes in (("start", subject.start), ("halfway", subject.middle)):
+    for name in panels:
+        episodes = {"start": subject.start, "halfway": subject.middle}[name]
         steps, games_N, labels = teacher_verdicts(episodes, subject.config)
         share_N = consistencies(subject, steps, salt=3)
         key = f"{name} panel"

@@ -1,0 +1,247 @@
+"""Many runs as one experiment: each trains, is evaluated and measured, and leaves one small JSON.
+
+    rows = {"grpo": Row("GRPO", "grpo", start="sft"), ...}      a row of a table; with a training seed it is a run
+    lab = Lab("lab", Path("docs/lab/table1"))                   configs/lab_*.yaml; where the JSONs lie
+    lab.run_all(rows, {"grpo": (0, 1, 2), ...})                 what has its JSON is not run again
+    records = lab.records(rows)                                 what the JSONs hold
+
+On CPUs as many runs as there are cores go side by side, one rank and one thread each; with GPUs one after the other,
+over all of them.  A run that was interrupted goes on from its last checkpoint.  Each seed has a cold start of its own,
+from which all of its rows start; runs of one seed see the same games in the same order and sample with the same seeds.
+
+interval() has the statistics: a hierarchical bootstrap over training seeds and games, which are both drawn from more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import config as configuration
+from config import Config, ConfigError, newest_evaluation
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+ONE_RANK = ("paper/mechanism.py",)
+RESAMPLES = 4000
+LATE = 5  # iterations at the end of a run, over which training's metrics are averaged
+TRAINING = (  # what a record keeps of metrics.jsonl: a curve of the first, the late mean of the others
+    "rollout/success",
+    "rollout/repeat_consistency",
+    "coupling/gap_cos",
+    "coupling/gap_mean_src",
+    "coupling/flawed_rising",
+    "coupling/flawed_in_danger",
+    "judge/balanced_accuracy",
+    "judge/questions",
+)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way of training: a config, what differs from it, and the row whose checkpoint it starts from."""
+
+    title: str
+    config: str  # configs/PREFIX_<config>.yaml
+    start: str = ""  # the row whose run of the same seed it starts from; empty: the config's own model
+    overrides: tuple[str, ...] = ()
+    script: str = "train_rl.py"  # empty: its model is evaluated as it is
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A family of configs, and the folder of its runs' JSONs, whose name theirs begin with."""
+
+    prefix: str
+    folder: Path
+    settings: tuple[str, ...] = ()  # for all runs, as KEY=VALUE
+
+    def name(self, row: str, seed: int) -> str:
+        """Return the name of a run, of its folder under runs/ and of its JSON."""
+        return f"{self.folder.name}_{row}_s{seed}"
+
+    def file(self, row: str, seed: int) -> Path:
+        """Return the path of a run's JSON."""
+        return self.folder / f"{self.name(row, seed)}.json"
+
+    def config(self, row: Row) -> Config:
+        """Load a row's config as its runs have it, but for what is a seed's. Raises ConfigError."""
+        return configuration.load(self.path(row), (*self.settings, *row.overrides))
+
+    def path(self, row: Row) -> Path:
+        """Return the path of a row's config."""
+        return Path("configs") / f"{self.prefix}_{row.config}.yaml"
+
+    def start(self, rows: Mapping[str, Row], name: str, seed: int) -> str:
+        """Return the model that a run starts from."""
+        row = rows[name]
+        if row.start and rows[row.start].script:
+            return f"runs/{self.name(row.start, seed)}/checkpoints/latest"
+        return self.config(rows[row.start] if row.start else row).model.path
+
+    def commands(self, rows: Mapping[str, Row], name: str, seed: int) -> list[list[str]]:
+        """List what makes a run's files, but for its record: training, evaluation, mechanism."""
+        row, run, start = rows[name], f"runs/{self.name(name, seed)}", self.start(rows, name, seed)
+        own = [*self.settings, *row.overrides, f"name={self.name(name, seed)}", f"seed={seed}", f"model.path={start}"]
+        if not row.script:
+            return [["evaluate.py", "--ckpt", start, "--config", str(self.path(row)), "--out", run, "--set", *own]]
+        return [
+            [row.script, str(self.path(row)), "--set", *own],
+            ["evaluate.py", "--ckpt", f"{run}/checkpoints/latest"],
+            ["paper/mechanism.py", run, "--start", start],
+        ]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Running
+
+    def run_all(self, rows: Mapping[str, Row], seeds: Mapping[str, Sequence[int]], workers: int, ranks: int) -> None:
+        """Run rows with these seeds, and the rows that they start from, `workers` side by side. Raises ConfigError
+        with the log of a run that fails, when those under way are done."""
+        todo = self._todo(rows, seeds)
+        for row in {rows[name] for name, _ in todo}:
+            self.config(row)  # a mistake in a config ends it here
+        self.folder.mkdir(parents=True, exist_ok=True)
+        total, done, running = len(todo), 0, dict[Future, tuple[str, int]]()
+        with ThreadPoolExecutor(workers) as threads:
+            while todo or running:
+                ready = [one for one in todo if self._can_start(rows, *one)]
+                for name, seed in ready[: workers - len(running)]:
+                    todo.remove((name, seed))
+                    running[threads.submit(self._run, rows, name, seed, ranks)] = (name, seed)
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    name, seed = running.pop(future)
+                    if failure := future.exception():
+                        todo.clear()
+                        wait(running)
+                        raise failure
+                    done += 1
+                    waiting = [*todo, *running.values()]
+                    left = self._seconds(rows, waiting) / workers
+                    print(f"{done} of {total}: {_brief(future.result())}; about {_clock(left)} left", flush=True)
+
+    def _todo(self, rows: Mapping[str, Row], seeds: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
+        """List the runs without a record, by seed; before them the cold starts that they lack."""
+        missing = [(name, seed) for name in rows for seed in seeds.get(name, ()) if not self.file(name, seed).is_file()]
+        starts = {(rows[name].start, seed) for name, seed in missing if not self._can_start(rows, name, seed)}
+        cold = [one for one in dict.fromkeys([*missing, *starts]) if rows[one[0]].script != "train_rl.py"]
+        rest = [one for one in missing if one not in cold]
+        return [*sorted(cold, key=lambda one: one[1]), *sorted(rest, key=lambda one: one[1])]
+
+    def _can_start(self, rows: Mapping[str, Row], name: str, seed: int) -> bool:
+        """Tell whether the model that a run starts from is there."""
+        start = Path(self.start(rows, name, seed))
+        return not start.is_relative_to("runs") or start.with_name("final").is_dir()
+
+    def _run(self, rows: Mapping[str, Row], name: str, seed: int, ranks: int) -> Record:
+        """Run what of a run is missing, and write its record; of one that has it, train what others start from."""
+        run, log = Path("runs") / self.name(name, seed), Path("runs") / f"{self.name(name, seed)}.log"
+        done = {"evaluate.py": newest_evaluation, "paper/mechanism.py": lambda run: (run / "mechanism.json").is_file()}
+        run.parent.mkdir(exist_ok=True)
+        recorded = self.file(name, seed).is_file()
+        for script, *arguments in self.commands(rows, name, seed)[: 1 if recorded else None]:
+            if script in done and done[script](run):
+                continue
+            alone = ranks == 1 or script in ONE_RANK
+            launcher = [sys.executable] if alone else [*TORCHRUN, f"--nproc_per_node={ranks}"]
+            with log.open("a") as out:
+                environment = {"OMP_NUM_THREADS": "1"} | os.environ
+                ended = subprocess.run([*launcher, ROOT / script, *arguments], env=environment, stdout=out, stderr=out)
+            if ended.returncode:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+                raise ConfigError(f"{script} of {run.name} ended with {ended.returncode}; the end of {log}:\n{tail}")
+        if not recorded:
+            partial = self.file(name, seed).with_suffix(".partial")
+            partial.write_text(json.dumps({"row": name, "seed": seed} | make_record(run), indent=1))
+            os.replace(partial, self.file(name, seed))
+        return self.records(rows)[name][seed]
+
+    def _seconds(self, rows: Mapping[str, Row], runs: Iterable[tuple[str, int]]) -> float:
+        """Estimate how long these runs take, one after the other, from those of their rows, or any, that are done."""
+        known = {name: [one["seconds"] for one in found.values()] for name, found in self.records(rows).items()}
+        every = [seconds for found in known.values() for seconds in found]
+        return sum(float(np.mean(known[name] or every)) for name, _ in runs)
+
+    def records(self, rows: Mapping[str, Row]) -> dict[str, dict[int, Record]]:
+        """Read the records that are there: row -> seed -> record."""
+        found: dict[str, dict[int, Record]] = {name: {} for name in rows}
+        for file in sorted(self.folder.glob("*_s[0-9]*.json")):
+            record = json.loads(file.read_text())
+            if record["row"] in found:
+                found[record["row"]][record["seed"]] = record
+        return found
+
+
+def make_record(run: Path) -> Record:
+    """Gather what is kept of a run: success and behaviour by level, which games were won, curves, mechanism, time.
+
+    `won` has a digit per game of the level's fixed list, in its order: how often it was won of `plays`.
+    """
+    found = json.loads(newest_evaluation(run).read_text())
+    keys = ("success", "low", "high", "n", "types", "mean_steps", "invalid", "unavailable", "repeats")
+    levels = {
+        level: {key: one[key] for key in keys} | {"won": "".join(map(str, one["won_by_game"]))}
+        for level, one in found["levels"].items()
+    }
+    record: Record = {"levels": levels, "plays": found["seeds"], "guidelines": found["guidelines"]}
+    record["seconds"] = found["seconds"]
+    if (run / "metrics.jsonl").is_file():
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        record["seconds"] += sum(line["time/total"] for line in lines)
+        record["iterations"] = len(lines)
+        record["curve"] = [round(line[TRAINING[0]], 4) for line in lines if TRAINING[0] in line]
+        late = {key: [line[key] for line in lines[-LATE:] if key in line] for key in TRAINING}
+        record["late"] = {key: float(np.mean(values)) for key, values in late.items() if values}
+    if (run / "mechanism.json").is_file():
+        record["mechanism"] = json.loads((run / "mechanism.json").read_text())
+    return record
+
+
+def _brief(record: Record) -> str:
+    success = ", ".join(f"{level} {100 * one['success']:.1f}" for level, one in record["levels"].items())
+    return f"{record['row']}, seed {record['seed']}: {success}; {_clock(record['seconds'])}"
+
+
+def _clock(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def shares(records: Mapping[int, Record], level: str, seeds: Sequence[int] = ()) -> np.ndarray:
+    """Return the share of plays won of every game by every run of a row: float64 [seeds, games]."""
+    chosen = [records[seed] for seed in seeds or sorted(records)]
+    return np.array([[int(digit) / record["plays"] for digit in record["levels"][level]["won"]] for record in chosen])
+
+
+def interval(*values_SG: np.ndarray) -> list[float]:
+    """Compute [estimate, low, high] of the mean over seeds, games and arrays: 95 % of a hierarchical bootstrap.
+
+    Each array is of one level, [seeds, games]: a share, or a difference of two paired runs. A resample draws seeds, the
+    same for all arrays, and games, the same for all seeds, both with replacement. Drawing S of S seeds understates
+    their variance by (S - 1) / S, so their weights' deviations are scaled up by its root; with one seed the interval is
+    over games alone. tests/test_lab.py simulates how often it holds the truth.
+    """
+    rng, seeds = np.random.default_rng(0), len(values_SG[0])
+    weight_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+    weight_RS = 1 / seeds + (weight_RS - 1 / seeds) * np.sqrt(seeds / max(1, seeds - 1))
+    means_R = np.zeros(RESAMPLES)
+    for value_SG in values_SG:
+        games = value_SG.shape[1]
+        weight_RG = rng.multinomial(games, np.full(games, 1 / games), size=RESAMPLES) / games
+        means_R += np.einsum("rs,sg,rg->r", weight_RS, value_SG, weight_RG, optimize=True) / len(values_SG)
+    low, high = np.percentile(means_R, [2.5, 97.5])
+    return [float(np.mean([value_SG.mean() for value_SG in values_SG])), float(low), float(high)]

@@ -1,0 +1,90 @@
+"""What training did to the model behind one checkpoint, level by level: coupling, judging, consistency.
+
+    python paper/mechanism.py runs/lab_gcd_s0 --start runs/lab_sft_s0/checkpoints/latest
+
+The model that the run started from plays --games games of each level's evaluation list twice; half of the steps drawn
+from them are good, half flawed (the paper's rules, then the environment's teacher).  Of these steps the run's last
+checkpoint is asked: how are their gradients coupled (Figure 8), can it judge them, how consistently does it still take
+the same actions (Figures 1 and 5).  The measures are those of figures.py; the run's folder gets mechanism.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import config as configuration  # before torch: it sets the number of threads
+
+# isort: split
+import envs
+from config import LEVELS, Config
+from distributed import init_distributed
+from engine import make_engine, sync_weights
+from model import load_model
+from paper import behaviour, geometry
+from paper.behaviour import Missing, Numbers, Subject
+from paper.figures import for_panels, load_run
+
+MEASURES = (
+    geometry.coupling_gaps,
+    behaviour.held_out_judge,
+    functools.partial(behaviour.repeat_consistency, ways=("state_action",)),
+    functools.partial(behaviour.consistency_by_label, panels=("start",)),
+)
+KEPT = (
+    "cos", "mean_src", "balanced accuracy", "accuracy of good", "accuracy of flawed", "own consistency",
+    "panel consistency", "start panel good", "start panel flawed", "start panel flawed of high consistency",
+)  # fmt: skip
+
+
+def measure(config: Config, start: str, checkpoint: str) -> dict[str, Numbers]:
+    """Measure a checkpoint by level, on the games that the model at `start` played: [estimate, low, high] by name.
+
+    A level whose games gave no labelled steps of both classes says what is missing; a number that they do not give is
+    None.
+    """
+    policy = load_model(config, path=start, train=False)
+    engine = make_engine(config, policy)
+    sync_weights(engine, policy)
+    played = {level: behaviour.play_panel(engine, config, level) for level in LEVELS}
+    panels = {level: behaviour.labelled_panel(episodes, config) for level, episodes in played.items()}
+    found: dict[str, Numbers] = {level: {} for level in LEVELS}
+    for name, folder in ((" at the start", start), ("", checkpoint)):
+        engine.policy = load_model(config, path=folder, train=False)
+        sync_weights(engine, engine.policy)
+        for level in LEVELS:
+            own = behaviour.play_panel(engine, config, level) if folder != start else played[level]
+            subject = Subject(engine, config, own=own, start=played[level], middle=own, labelled=panels[level])
+            try:
+                numbers = {key: value for measured in MEASURES for key, value in measured(subject).items()}
+                found[level] |= {key + name: None if math.isnan(numbers[key][0]) else numbers[key] for key in KEPT}
+            except Missing as why:
+                found[level] |= {"missing": str(why)}
+    engine.close()
+    return found
+
+
+def main() -> None:
+    """Measure the last checkpoint of a run."""
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    command.add_argument("--start", required=True, help="the model that plays: what the run started from")
+    command.add_argument("--games", type=int, default=60, help="of each level (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=100, help="judged, of each level (default: %(default)s)")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
+    arguments = command.parse_args()
+    config = for_panels([load_run(arguments.run, arguments.set)], arguments.games, arguments.steps)
+    envs.check(config.env)
+    envs.check_teacher(config.env)
+    init_distributed(config)
+    found = measure(config, arguments.start, str(arguments.run / "checkpoints" / "latest"))
+    (arguments.run / "mechanism.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    configuration.fail_clearly(main)

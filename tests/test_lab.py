@@ -1,0 +1,160 @@
+"""paper/lab.py and table1.py: real runs make records and a table, once; and what their intervals hold."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+import envs
+from config import LEVELS, ConfigError
+from paper import dose, lab, table1
+from paper.lab import Lab, Row, interval, shares
+
+RUNS = ("vanilla", "base_gcd", "base_grpo")
+SETTINGS = (
+    "rollout.engine=transformers train.eval_every=0 train.iterations=2 eval.levels=[L0,L1,L2] eval.games=2 "
+    "env.task_types=[pick_and_place_simple,look_at_obj_in_light] env.held_out_types=[pick_two_obj_and_place]"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(small_games, tmp_path_factory) -> Path:
+    """A folder in which paper/table1.py was run, from tiny configs: the base model, and a pair of RL from it."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "configs").mkdir()
+    shutil.copy(tiny.rl_yaml(small_games, folder), folder / "configs" / "tiny_gcd.yaml")
+    plain = "judge: {enabled: false}\nguidelines: {every: 0}\n"
+    (folder / "configs" / "tiny_grpo.yaml").write_text(f"base: tiny_gcd.yaml\n{plain}")
+    (folder / "configs" / "tiny_sft.yaml").write_text(f"base: tiny_gcd.yaml\n{plain}")
+    folder.joinpath("printed.txt").write_text(run(folder))
+    return folder
+
+
+def run(folder: Path) -> str:
+    chosen = ["--config-prefix", "tiny", "--rows", *RUNS, "--seeds", "3"]
+    return tiny.run("paper/table1.py", *chosen, "--set", *SETTINGS.split(), cwd=folder, timeout=400)
+
+
+def test_the_table_and_its_records(folder):
+    printed = (folder / "printed.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in printed if "left" in line] == ["1 of 3", "2 of 3", "3 of 3"]
+    results = json.loads((folder / "docs" / "tiny" / "table1.json").read_text())
+    assert set(results["rows"]) == set(RUNS) and list(results["pairs"]) == ["base_gcd - base_grpo"]
+    records = {name: json.loads((folder / f"docs/tiny/tiny_{name}_s3.json").read_text()) for name in RUNS}
+    for name, record in records.items():
+        for level in LEVELS:
+            found = record["levels"][level]
+            wins = [int(digit) for digit in found["won"]]
+            assert len(wins) == 2 and max(wins) <= record["plays"] == 2
+            assert found["success"] == pytest.approx(sum(wins) / 4)
+            assert results["rows"][name][level][0] == pytest.approx(found["success"])
+    ours, plain = (results["rows"][name]["mean"][0] for name in ("base_gcd", "base_grpo"))
+    assert results["pairs"]["base_gcd - base_grpo"]["mean"][0] == pytest.approx(ours - plain)
+    assert len(records["base_gcd"]["curve"]) == records["base_gcd"]["iterations"] == 2
+    assert "mechanism" not in records["vanilla"]
+    for level in LEVELS:
+        measured = records["base_gcd"]["mechanism"][level]
+        assert "missing" in measured or {"balanced accuracy", "cos", "cos at the start"} <= measured.keys()
+    for suffix in (".md", ".html", "_forest.png", "_scatter.png"):
+        assert (folder / "docs" / "tiny" / f"table1{suffix}").stat().st_size > 100
+    assert "| with GCD |" in (folder / "docs" / "tiny" / "table1.md").read_text()
+
+
+def test_both_rows_of_a_pair_start_alike_and_meet_the_same_games(folder):
+    replies = [
+        [[step["response"] for step in episode["steps"]] for episode in tiny.episodes_of(folder / "runs" / name, 0)[0]]
+        for name in ("tiny_base_gcd_s3", "tiny_base_grpo_s3")
+    ]
+    assert replies[0] == replies[1]
+
+
+def test_what_has_its_record_is_not_run_again(folder):
+    before = {file: file.stat().st_mtime_ns for file in (folder / "runs").rglob("*")}
+    assert "of" not in run(folder).splitlines()[0]
+    assert {file: file.stat().st_mtime_ns for file in (folder / "runs").rglob("*")} == before
+
+
+def test_a_run_that_fails_ends_it_with_its_log(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "x_grpo.yaml").write_text("env: {name: alfworld, data: nowhere}\n")
+    with pytest.raises(ConfigError, match=r"train_rl.py of runs_grpo_s0 ended with .*(?s:.*)nowhere"):
+        Lab("x", Path("runs")).run_all({"grpo": Row("GRPO", "grpo")}, {"grpo": [0]}, workers=1, ranks=1)
+
+
+def test_cold_starts_come_first_and_others_start_from_them(tmp_path, monkeypatch):
+    """Each seed has its own; a run whose cold start has its record but no checkpoint any more trains it again."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.ROOT / "configs", tmp_path / "configs")
+    made = Lab("lab", Path("docs/lab"))
+    todo = made._todo(table1.ROWS, {"vanilla": [0], "grpo": [0, 1], "rlvmr": [1], "base_grpo": [0]})
+    assert todo[:4] == [("vanilla", 0), ("sft", 0), ("sft", 1), ("sft_rlvmr", 1)]
+    assert todo[4:] == [("grpo", 0), ("base_grpo", 0), ("grpo", 1), ("rlvmr", 1)]
+    train, evaluation, mechanism = made.commands(table1.ROWS, "rlvmr", 1)
+    start = "runs/lab_sft_rlvmr_s1/checkpoints/latest"
+    assert train[:2] == ["train_rl.py", "configs/lab_rlvmr.yaml"]
+    assert {"seed=1", "name=lab_rlvmr_s1", f"model.path={start}"} <= set(train)
+    assert evaluation == ["evaluate.py", "--ckpt", "runs/lab_rlvmr_s1/checkpoints/latest"]
+    assert mechanism == ["paper/mechanism.py", "runs/lab_rlvmr_s1", "--start", start]
+    assert "model.path=assets/base" in made.commands(table1.ROWS, "base_grpo", 0)[0]
+
+
+def test_rows_are_paired_and_have_configs():
+    for ours, plain in table1.PAIRS:
+        assert table1.ROWS[ours].start == table1.ROWS[plain].start
+        assert list(table1.SEEDS[ours]) == list(table1.SEEDS[plain])
+    made, rows = table1.make_lab("lab", ())
+    assert rows == table1.ROWS
+    for row in [*table1.ROWS.values(), *dose.ROWS.values()]:
+        loaded, plain = made.config(row), row.script == "train_rl.py" and "gcd" not in row.config
+        assert loaded.judge.enabled != plain
+        assert bool(loaded.guidelines.every) != (plain or "guidelines.every=0" in row.overrides)
+
+
+@pytest.mark.parametrize(("prefix", "settings"), [("lab", ()), ("qwen7b", ("env.name=scienceworld",))])
+def test_one_training_serves_all_levels(prefix, settings):
+    made, rows = table1.make_lab(prefix, settings)
+    assert {"sft", "grpo", "gcd", "gigpo", "gigpo_gcd", "rlvmr", "rlvmr_gcd", "ppo", "base_grpo"} <= rows.keys()
+    for name, row in rows.items():
+        env = made.config(row).env
+        assert not set(envs.trained_types(env)) & set(envs.held_out_types(env)), name
+        assert envs.trained_types(env) == envs.trained_types(env, "L0") and made.config(row).eval.levels == LEVELS
+
+
+# ---- Statistics
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.03), (5, 0.03), (5, 0.08)])
+def test_intervals_hold_the_truth(seeds, spread, monkeypatch):
+    """Games of different difficulty, seeds of different luck: how often do 95 % intervals hold the mean?"""
+    monkeypatch.setattr(lab, "RESAMPLES", 400)
+    rng, held = np.random.default_rng(0), []
+    for _ in range(200):
+        chance_SG = rng.beta(1, 3, 200) + rng.normal(0, spread, (seeds, 1))
+        estimate, low, high = interval((rng.random((seeds, 200)) < chance_SG).astype(float))
+        held.append(low <= 0.25 <= high and low <= estimate <= high)
+    assert np.mean(held) > 0.88, np.mean(held)
+
+
+def test_an_interval_over_levels_and_of_one_seed():
+    one_SG, two_SG = np.eye(4)[:2], np.ones((2, 3))
+    assert interval(one_SG, two_SG)[0] == pytest.approx((0.25 + 1) / 2)
+    assert interval(two_SG) == pytest.approx([1.0, 1.0, 1.0])
+    estimate, low, high = interval(np.array([[0.0, 1.0] * 50]))
+    assert estimate == 0.5 and 0.38 < low < 0.42 and 0.58 < high < 0.62
+
+
+def test_shares_are_by_seed_and_game():
+    records = {seed: {"plays": 2, "levels": {"L2": {"won": won}}} for seed, won in ((4, "021"), (1, "100"))}
+    assert shares(records, "L2").tolist() == [[0.5, 0, 0], [0, 1, 0.5]]
+    assert shares(records, "L2", [4]).tolist() == [[0, 1, 0.5]]
+
+
+def test_correlation():
+    x = np.arange(20.0)
+    assert table1.correlation(np.array([x, 2 * x + 1]).T)[0] == pytest.approx(1)
+    r, low, high = table1.correlation(np.random.default_rng(0).normal(size=(200, 2)))
+    assert low < 0 < high and abs(r) < 0.2
