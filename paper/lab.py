@@ -133,7 +133,7 @@ class Lab:
     def _todo(self, rows: Mapping[str, Row], seeds: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
         """List the runs without a record, by seed; before them the cold starts that they lack."""
         missing = [(name, seed) for name in rows for seed in seeds.get(name, ()) if not self.file(name, seed).is_file()]
-        starts = {(rows[name].start, seed) for name, seed in missing if not self._can_start(rows, name, seed)}
+        starts = [(rows[name].start, seed) for name, seed in missing if not self._can_start(rows, name, seed)]
         cold = [one for one in dict.fromkeys([*missing, *starts]) if rows[one[0]].script != "train_rl.py"]
         rest = [one for one in missing if one not in cold]
         return [*sorted(cold, key=lambda one: one[1]), *sorted(rest, key=lambda one: one[1])]
@@ -203,7 +203,9 @@ def make_record(run: Path) -> Record:
         late = {key: [line[key] for line in lines[-LATE:] if key in line] for key in TRAINING}
         record["late"] = {key: float(np.mean(values)) for key, values in late.items() if values}
     if (run / "mechanism.json").is_file():
-        record["mechanism"] = json.loads((run / "mechanism.json").read_text())
+        measured = json.loads((run / "mechanism.json").read_text())
+        record["mechanism"] = measured["levels"]
+        record["seconds"] += measured["seconds"]
     return record
 
 

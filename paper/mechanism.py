@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -82,7 +83,9 @@ def main() -> None:
     envs.check(config.env)
     envs.check_teacher(config.env)
     init_distributed(config)
-    found = measure(config, arguments.start, str(arguments.run / "checkpoints" / "latest"))
+    began = time.monotonic()
+    levels = measure(config, arguments.start, str(arguments.run / "checkpoints" / "latest"))
+    found = {"levels": levels, "seconds": time.monotonic() - began}
     (arguments.run / "mechanism.json").write_text(json.dumps(found, indent=1))
 
 

@@ -55,6 +55,8 @@ def test_the_table_and_its_records(folder):
     assert results["pairs"]["base_gcd - base_grpo"]["mean"][0] == pytest.approx(ours - plain)
     assert len(records["base_gcd"]["curve"]) == records["base_gcd"]["iterations"] == 2
     assert "mechanism" not in records["vanilla"]
+    timed = json.loads((folder / "runs" / "tiny_base_gcd_s3" / "mechanism.json").read_text())["seconds"]
+    assert 0 < timed < records["base_gcd"]["seconds"]
     for level in LEVELS:
         measured = records["base_gcd"]["mechanism"][level]
         assert "missing" in measured or {"balanced accuracy", "cos", "cos at the start"} <= measured.keys()
