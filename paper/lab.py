@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm as normal
+from scipy.stats import t as student_t
 
 import config as configuration
 from config import Config, ConfigError, newest_evaluation
@@ -233,9 +235,11 @@ def interval(*values_SG: np.ndarray) -> list[float]:
     """Compute [estimate, low, high] of the mean over seeds, games and arrays: 95 % of a hierarchical bootstrap.
 
     Each array is of one level, [seeds, games]: a share, or a difference of two paired runs. A resample draws seeds, the
-    same for all arrays, and games, the same for all seeds, both with replacement. Drawing S of S seeds understates
-    their variance by (S - 1) / S, so their weights' deviations are scaled up by its root; with one seed the interval is
-    over games alone. tests/test_lab.py simulates how often it holds the truth.
+    same for all arrays, and games, the same for all seeds, both with replacement. Two corrections for few seeds: S of S
+    seeds drawn understate their variance by (S - 1) / S, so their weights' deviations are scaled up by its root; and
+    the interval is widened as Student's t is against the normal, at Satterthwaite's degrees of freedom for a variance
+    of which the seeds' part has S - 1. With one seed the interval is over games alone. tests/test_lab.py simulates how
+    often it holds the truth.
     """
     rng, seeds = np.random.default_rng(0), len(values_SG[0])
     weight_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
@@ -245,5 +249,17 @@ def interval(*values_SG: np.ndarray) -> list[float]:
         games = value_SG.shape[1]
         weight_RG = rng.multinomial(games, np.full(games, 1 / games), size=RESAMPLES) / games
         means_R += np.einsum("rs,sg,rg->r", weight_RS, value_SG, weight_RG, optimize=True) / len(values_SG)
-    low, high = np.percentile(means_R, [2.5, 97.5])
-    return [float(np.mean([value_SG.mean() for value_SG in values_SG])), float(low), float(high)]
+    middle = float(np.mean([value_SG.mean() for value_SG in values_SG]))
+    low, high = middle + (np.percentile(means_R, [2.5, 97.5]) - middle) * _widening(values_SG)
+    return [middle, float(low), float(high)]
+
+
+def _widening(values_SG: Sequence[np.ndarray]) -> float:
+    """Compute by what an interval for a mean over few seeds is wider than the normal one."""
+    seeds = len(values_SG[0])
+    of_seeds = np.mean([value_SG.mean(1) for value_SG in values_SG], axis=0).var(ddof=1) / seeds if seeds > 1 else 0.0
+    if not of_seeds:
+        return 1.0
+    of_games = sum(value_SG.mean(0).var() / value_SG.shape[1] for value_SG in values_SG) / len(values_SG) ** 2
+    degrees = (seeds - 1) * ((of_seeds + of_games) / of_seeds) ** 2
+    return float(student_t.ppf(0.975, degrees) / normal.ppf(0.975))

@@ -129,16 +129,16 @@ def test_one_training_serves_all_levels(prefix, settings):
 # ---- Statistics
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.03), (5, 0.03), (5, 0.08)])
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.03), (3, 0.08), (5, 0.03), (5, 0.08)])
 def test_intervals_hold_the_truth(seeds, spread, monkeypatch):
     """Games of different difficulty, seeds of different luck: how often do 95 % intervals hold the mean?"""
     monkeypatch.setattr(lab, "RESAMPLES", 400)
     rng, held = np.random.default_rng(0), []
-    for _ in range(200):
+    for _ in range(300):
         chance_SG = rng.beta(1, 3, 200) + rng.normal(0, spread, (seeds, 1))
         estimate, low, high = interval((rng.random((seeds, 200)) < chance_SG).astype(float))
         held.append(low <= 0.25 <= high and low <= estimate <= high)
-    assert np.mean(held) > 0.88, np.mean(held)
+    assert np.mean(held) > 0.92, np.mean(held)
 
 
 def test_an_interval_over_levels_and_of_one_seed():
