@@ -1,16 +1,14 @@
 # make quickstart   from nothing to a table, on a laptop: quickstart.sh
 # make test         the whole test suite
-# make repeat       the quickstart with 3 training seeds, with GCD and without
 # make table1       Table 1 in miniature: every method with GCD and without, several seeds each; a night on 2 cores
 # make base         trains the tiny base model under assets/ anew
 # make clean        forgets the games and runs that quickstart made
 #
 # DEVICE, RANKS, PYTHON and TORCH_INDEX: see quickstart.sh and install.sh.
 
-.PHONY: quickstart test repeat table1 base clean venv
+.PHONY: quickstart test table1 base clean venv
 RUN := OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc_per_node=$(or $(RANKS),2)
 TINY := data/tiny_base_model
-RUNS := $(foreach seed,0 _1 _2,$(foreach kind,quickstart_sft quickstart_plain quickstart,runs/$(kind)$(seed:0=)))
 
 quickstart:
 	./quickstart.sh
@@ -20,10 +18,6 @@ test: venv
 
 venv:
 	./install.sh
-
-repeat:
-	for seed in 0 1 2; do SEED=$$seed ./quickstart.sh quickstart_plain && SEED=$$seed ./quickstart.sh || exit; done
-	.venv/bin/python evaluate.py --table $(RUNS)
 
 table1: venv
 	.venv/bin/python tools/make_games.py --out data/lab_games --train 1500 --seen 900 --unseen 1800 --seed 2 \
@@ -38,7 +32,8 @@ base: venv
 	$(RUN) train_sft.py configs/tiny_base_model.yaml
 	.venv/bin/python tools/tiny_base_model.py rows configs/tiny_base_model_reading.yaml --out $(TINY)/reading.jsonl
 	$(RUN) train_sft.py configs/tiny_base_model_reading.yaml
-	mkdir -p assets/base && cp -L runs/tiny_base_model_reading/checkpoints/latest/* assets/base/
+	mkdir -p assets/base && find -L runs/tiny_base_model_reading/checkpoints/latest -maxdepth 1 -type f \
+		! -name guidelines.json -exec cp {} assets/base/ \;
 
 clean:
-	rm -rf $(RUNS) runs/quickstart_base data/quickstart_games data/sft
+	rm -rf runs/quickstart* data/quickstart_games data/sft

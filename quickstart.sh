@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole project on one page, on a laptop: from nothing to an agent that learned by RL with GCD, and a table.
 #
-#   ./quickstart.sh                             8 to 12 minutes on 2 CPU cores, after the installation
+#   ./quickstart.sh                             11 minutes on 2 CPU cores, after the installation
 #   ./quickstart.sh quickstart_plain            the same without GCD
 #   SEED=1 ./quickstart.sh                      another training seed, in folders that end in _1
 #
@@ -25,11 +25,10 @@ run() { .venv/bin/torchrun --standalone --nproc_per_node="$ranks" "$@"; }
 .venv/bin/python tools/make_games.py --out data/quickstart_games --train 1500 --seen 300 --unseen 300 --seed 0 \
     --receptacles 6 --objects 12
 
-# 3. What the base model can do: read small rooms, and nothing else
+# 3. What the base model can do: it reads small rooms, and has some idea of each task type
 base=runs/quickstart_base
 evaluated $base ||
-    run evaluate.py --ckpt assets/base --config configs/quickstart.yaml --out $base --levels L0 --seeds 1 \
-        --set device="$DEVICE"
+    run evaluate.py --ckpt assets/base --config configs/quickstart.yaml --out $base --seeds 1 --set device="$DEVICE"
 
 # 4. Cold start: it imitates an expert that dawdles, and judged steps of its episodes
 sft=runs/quickstart_sft$suffix

@@ -4,16 +4,18 @@
     python paper/dose.py --rows plain weight_1      some of them
 
 GRPO from one cold start (another where the row says so) on games that are in none of the table's lists.  Each row
-changes what its name says; picture and JSON show success, repeats and the judge's accuracy by level.
+changes what its name says ("64 x 4": questions an iteration, answers each); picture and JSON show success, repeats and
+the judge's accuracy by level.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +25,9 @@ import config as configuration
 import matplotlib
 
 matplotlib.use("Agg")
+import torch
 from matplotlib import pyplot
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft_data
 from config import LEVELS
@@ -32,10 +36,14 @@ from paper.lab import Lab, Record, Row, interval, shares
 GAMES = ("env.data=data/lab_dev_games", "eval.games=300")
 EPISODES = Path("data/lab_dev_episodes.jsonl")  # the cold start's, without judged steps
 JUDGE_FIRST = (f"sft.data={EPISODES}", "sft.judge_examples=2000", "sft.episodes=2400")
-MORE = ("judge.weight=1", "judge.questions=64")
-LONG = ("train.iterations=40",)
-ADAPTER = ("model.tune=lora", "model.lora_rank=8", "train.lr=3e-4")
+WIDE = Path("data/lab_wide")  # the base model with MLPs four times as wide, and the same outputs
+SMALL = ("judge.weight=0.1",)
+DOSE = ("judge.weight=1", "judge.questions=64")
+SPREAD = ("judge.weight=1", "judge.questions=128", "judge.group_size=2")
 FLAWED = ("judge.teacher_flawed=true", "judge.teacher_steps=128")
+ALONE = ("guidelines.every=0",)  # co-training alone
+LONG = ("train.iterations=40",)
+ALL_WEIGHTS = ("model.tune=full", "train.lr=1e-4")
 
 
 def gcd(title: str, *overrides: str, start: str = "sft") -> Row:
@@ -45,19 +53,26 @@ def gcd(title: str, *overrides: str, start: str = "sft") -> Row:
 
 ROWS = {
     "sft": Row("cold start", "sft", script="train_sft.py"),
+    "plain": Row("GRPO", "grpo", "sft"),
+    "small": gcd("co-training: weight 0.1, 16 x 4", *SMALL, *ALONE),
+    "dose": gcd("co-training: weight 1, 64 x 4", *DOSE, *ALONE),
+    "spread": gcd("co-training: weight 1, 128 x 2", *SPREAD, *ALONE),
+    "flawed": gcd("weight 1, 64 x 4, the expert's negatives, too", *DOSE, *FLAWED, *ALONE),
+    "guidelines": gcd("guidelines alone", "judge.weight=0", "judge.questions=64"),
+    "both": gcd("weight 1, 64 x 4, and guidelines", *DOSE),
     "sft_judge": Row("cold start, 2,000 judged steps", "sft", overrides=JUDGE_FIRST, script="train_sft.py"),
-    "plain": Row("without GCD", "grpo", "sft"),
-    "weight_01": gcd("weight 0.1, 16 x 4", "judge.weight=0.1"),
-    "weight_1": gcd("weight 1, 16 x 4", "judge.weight=1"),
-    "more": gcd("weight 1, 64 x 4", *MORE),
-    "more_flawed": gcd("the same, the expert's negatives, too", *MORE, *FLAWED),
-    "cotrain": gcd("the same, without guidelines", *MORE, *FLAWED, "guidelines.every=0"),
-    "judge_plain": Row("2,000 judged steps first: without GCD", "grpo", "sft_judge"),
-    "judge_more": gcd("2,000 first: weight 1, 64 x 4, negatives", *MORE, *FLAWED, start="sft_judge"),
-    "long_plain": Row("40 iterations: without GCD", "grpo", "sft", LONG),
-    "long_more": gcd("40 iterations: weight 1, 64 x 4", *MORE, *LONG),
-    "adapter_plain": Row("an adapter: without GCD", "grpo", "sft", ADAPTER),
-    "adapter_more": gcd("an adapter: weight 1, 64 x 4", *MORE, *ADAPTER),
+    "judge_plain": Row("GRPO after these", "grpo", "sft_judge"),
+    "judge_flawed": gcd("weight 1, 64 x 4, negatives, after these", *DOSE, *FLAWED, *ALONE, start="sft_judge"),
+    "long_plain": Row("GRPO, 40 iterations", "grpo", "sft", LONG),
+    "long_dose": gcd("weight 1, 64 x 4, 40 iterations", *DOSE, *ALONE, *LONG),
+    "all_plain": Row("GRPO, all weights", "grpo", "sft", ALL_WEIGHTS),
+    "all_weight_1": gcd("all weights: weight 1, 16 x 4, and guidelines", "judge.weight=1", *ALL_WEIGHTS),
+    "all_both": gcd("all weights: weight 1, 64 x 4, and guidelines", *DOSE, *ALL_WEIGHTS),
+    "wide_sft": Row(
+        "cold start, 2 million parameters", "sft", overrides=(f"model.path={WIDE}",), script="train_sft.py"
+    ),
+    "wide_plain": Row("GRPO, 2 million parameters, all weights", "grpo", "wide_sft", ALL_WEIGHTS),
+    "wide_dose": gcd("the same, weight 1, 64 x 4", *DOSE, *ALONE, *ALL_WEIGHTS, start="wide_sft"),
 }
 PANELS = (*(f"success, {level}" for level in LEVELS), "repeats, L2", "judge, L0", "judge, L2")
 
@@ -73,6 +88,8 @@ def main() -> None:
     if not EPISODES.is_file():
         vanilla = configuration.load("configs/lab_sft.yaml", [*GAMES, "sft.variant=vanilla"])
         sft_data.write_rows(EPISODES, sft_data.make_rows(vanilla))
+    if not WIDE.is_dir():
+        widen(Path(configuration.load("configs/lab_sft.yaml").model.path), WIDE)
     lab.run_all(ROWS, {name: arguments.seeds for name in arguments.rows or ROWS}, arguments.workers, ranks=1)
     records = {name: found for name, found in lab.records(ROWS).items() if found}
     numbers = {name: measured(found) for name, found in records.items()}
@@ -81,29 +98,52 @@ def main() -> None:
     print(table(numbers))
 
 
-def measured(own: Mapping[int, Record]) -> dict[str, list[float] | None]:
-    """Compute the panels' numbers of a row: [estimate, low, high], an interval where the record has what it takes."""
-    found: dict[str, list[float] | None] = {f"success, {level}": interval(shares(own, level)) for level in LEVELS}
-    for panel in PANELS[len(LEVELS) :]:
+def widen(folder: Path, out: Path, factor: int = 4) -> None:
+    """Write a model with MLPs `factor` times as wide, whose outputs are the same: what the new neurons say is 0."""
+    torch.manual_seed(0)
+    old = AutoModelForCausalLM.from_pretrained(folder)
+    sizes = copy.deepcopy(old.config)
+    sizes.intermediate_size *= factor
+    new = AutoModelForCausalLM.from_config(sizes)
+    weights = old.state_dict()
+    with torch.no_grad():
+        for name, weight in new.state_dict().items():
+            if name.endswith("down_proj.weight"):
+                weight.zero_()
+            weight[tuple(map(slice, weights[name].shape))] = weights[name]
+    new.save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+
+
+Numbers = dict[str, list[list[float]]]  # panel -> a run's [estimate, low, high], or [estimate], by seed
+
+
+def measured(own: Mapping[int, Record]) -> Numbers:
+    """Compute the panels' numbers of a row's runs: 95 % over games, where the record has what that takes."""
+    found: Numbers = {}
+    for panel in PANELS:
         what, level = panel.split(", ")
-        if what == "repeats":
-            values = [[one["levels"][level]["repeats"]] * 3 for one in own.values()]
+        if what == "success":
+            found[panel] = [interval(shares(own, level, [seed])) for seed in own]
+        elif what == "repeats":
+            found[panel] = [[one["levels"][level]["repeats"]] for one in own.values()]
         else:
-            values = [one["mechanism"][level].get("balanced accuracy") for one in own.values() if "mechanism" in one]
-        values = [value for value in values if value]
-        found[panel] = [sum(column) / len(values) for column in zip(*values, strict=True)] if values else None
+            judged = (one.get("mechanism", {}).get(level, {}).get("balanced accuracy") for one in own.values())
+            found[panel] = [value for value in judged if value]
     return found
 
 
-def draw(numbers: Mapping[str, Mapping[str, list[float] | None]], path: Path) -> None:
-    """Draw a line per row and a panel per number; the row without GCD is a dashed line through all."""
+def draw(numbers: Mapping[str, Numbers], path: Path) -> None:
+    """Draw a line per row, a panel per number, a point per run; what plain GRPO's mean is goes through all rows."""
     fig, axes = pyplot.subplots(1, len(PANELS), figsize=(2.6 * len(PANELS), 1 + 0.32 * len(numbers)), sharey=True)
     for axis, panel in zip(axes, PANELS, strict=True):
         for place, found in enumerate(numbers.values()):
-            if value := found[panel]:
-                axis.errorbar(value[0], place, xerr=[[value[0] - value[1]], [value[2] - value[0]]], fmt="o", color="C0")
-        if "plain" in numbers and (plain := numbers["plain"][panel]):
-            axis.axvline(plain[0], color="grey", linestyle="--", linewidth=1)
+            for number, (middle, *ends) in enumerate(found[panel]):
+                height = place + 0.16 * (number - (len(found[panel]) - 1) / 2)
+                axis.plot(ends, [height] * len(ends), color="C0", linewidth=1)
+                axis.plot(middle, height, "o", color="C0", markersize=4)
+        if plain := numbers.get("plain", {}).get(panel):
+            axis.axvline(mean(plain), color="grey", linestyle="--", linewidth=1)
         axis.set(title=panel)
     axes[0].set_yticks(range(len(numbers)), [ROWS[name].title for name in numbers])
     axes[0].invert_yaxis()
@@ -112,14 +152,20 @@ def draw(numbers: Mapping[str, Mapping[str, list[float] | None]], path: Path) ->
     pyplot.close(fig)
 
 
-def table(numbers: Mapping[str, Mapping[str, list[float] | None]]) -> str:
-    """Lay the numbers out, in percent."""
-    lines = [f"{'':<36}" + "".join(f"{panel:<22}" for panel in PANELS)]
+def mean(values: Sequence[Sequence[float]]) -> float:
+    """Average runs' estimates."""
+    return sum(value[0] for value in values) / len(values)
+
+
+def table(numbers: Mapping[str, Numbers]) -> str:
+    """Lay the numbers out, in percent: each run's, and their mean where there are several."""
+    lines = [f"{'':<50}" + "".join(f"{panel:<26}" for panel in PANELS)]
     for name, found in numbers.items():
-        cells = [
-            "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * one for one in value)) if value else "" for value in found.values()
-        ]
-        lines.append(f"{ROWS[name].title:<36}" + "".join(f"{cell:<22}" for cell in cells))
+        cells = []
+        for values in found.values():
+            each = ", ".join(f"{100 * value[0]:.1f}" for value in values)
+            cells.append(f"{100 * mean(values):.1f} ({each})" if len(values) > 1 else each)
+        lines.append(f"{ROWS[name].title:<50}" + "".join(f"{cell:<26}" for cell in cells))
     return "\n".join(lines)
 
 

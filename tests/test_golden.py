@@ -5,7 +5,7 @@ import json
 import golden
 import pytest
 
-REPLAYED = ("sft", "gigpo_gcd", "ppo_2", "sft_rlvmr", "rlvmr_gcd_2", "nthr", "sft_scienceworld")
+REPLAYED = ("sft", "gigpo_gcd", "ppo_2", "sft_rlvmr", "rlvmr_gcd_2", "sft_scienceworld")
 RECORDED = json.loads(golden.RECORD.read_text())
 
 

@@ -1,15 +1,14 @@
-"""Make the quickstart's base model, assets/base: it reads ALFWorld's small rooms and copies, and knows no strategy.
+"""Make the quickstart's base model, assets/base: it reads ALFWorld's small rooms, and has some idea of their tasks.
 
     python tools/tiny_base_model.py rows configs/tiny_base_model.yaml --out FILE.jsonl
     python tools/tiny_base_model.py init --rows FILE.jsonl --out FOLDER --seed 1
     python train_sft.py configs/tiny_base_model.yaml            # trains model.path=FOLDER on sft.data=FILE.jsonl
-    python tools/tiny_base_model.py phrases assets/base --out FOLDER
 
-rows     chat rows of random behaviour: those of sft_data.py, but with chance in the places of expert and teacher.  They
-         teach to read and to copy, and no strategy
+rows     chat rows of mostly random behaviour: those of sft_data.py, but with chance in the place of the teacher, and of
+         the expert in most steps.  They teach to read and to copy, and what a pretrained model has: some idea of every
+         task type
 init     a small Qwen2 with random weights, and a byte-level BPE tokenizer trained on the rows, which makes one token of
          each passage that the prompts repeat, so that a laptop's prompts are short
-phrases  the same model with tokens for the passages that its tokenizer lacks, for instance of another prompt style
 """
 
 from __future__ import annotations
@@ -37,45 +36,49 @@ import prompts
 import sft_data
 from config import Config, ConfigError
 from environments import alfworld, scienceworld
-from model import load_model
+from environments.alfworld_engine import GameState, solve
 from sft_data import Turn
 
 MOST_TEXTS = 5000  # that the tokenizer is trained on
 NOTHING_TAUGHT = 1 / 5  # share of the steps taught at which nothing counts: they abound
+EXPERT_SHARE = 0.09  # of the steps, for each but three that the task takes at the least: long ones would never be won
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows
 
 
 def make_rows(config: Config) -> Iterator[dict]:
-    """Make chat rows of random behaviour by config.sft: its episodes, judge_examples, noise and guided.
+    """Make chat rows of mostly random behaviour by config.sft: its episodes, judge_examples, noise and guided.
 
     The same config gives the same rows in the same order. Raises ConfigError for another environment than ALFWorld.
     """
     if config.env.name != "alfworld":
         raise ConfigError(f"env.name={config.env.name!r}: the tiny base model is one of alfworld")
     sft = dataclasses.replace(config.sft, variant="generative")  # the same config trains on the rows, as they are
-    return sft_data.make_rows(dataclasses.replace(config, sft=sft), play=random_episode, judgement=coin)
+    return sft_data.make_rows(dataclasses.replace(config, sft=sft), play=mostly_random_episode, judgement=coin)
 
 
-def random_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
-    """Play a game at random: a random kind of action, then a random one of that kind.
+def mostly_random_episode(config: Config, task: envs.Task, rng: random.Random) -> list[Turn]:
+    """Play a game: some steps are the expert's, the others a random kind of action, then a random one of that kind.
 
-    Slips (sft.noise) are the expert's, for what follows "Nothing happens."; they are not taught.
+    Slips (sft.noise) are those of a cold start, for what follows "Nothing happens."; they are not taught.
     """
-    env = alfworld.make(config.env)
-    observation = env.reset(task)
+    (env,), expert = envs.make_pool(config.env, 1), envs.make_expert(config.env, rng.getrandbits(32))
+    share = EXPERT_SHARE * (len(solve(GameState(alfworld.parsed_game(config.env, task)))) - 3)
+    observation, best = env.reset(task), expert.reset(task)
     turns: list[Turn] = []
     while not observation.done and len(turns) < config.env.max_steps:
         ctx, slips = sft_data.context(config, observation, turns), rng.random() < config.sft.noise
         if slips:
             action = alfworld.TEMPLATES.slip(ctx, [turn.ctx for turn in turns], rng)
+        elif best is not None and rng.random() < share:
+            action = best
         else:
             action = alfworld.random_action(ctx.actions, rng)
         counts = not alfworld.TEMPLATES.thought(ctx, action).endswith("Next nothing.")
         taught = not slips and (counts or rng.random() < NOTHING_TAUGHT)
         turns.append(Turn(ctx, action, taught, sft_data.make_reply(ctx, action)))
-        observation = env.step(action)
+        observation, best = env.step(action), expert.step(action)
     return turns
 
 
@@ -208,50 +211,31 @@ def template_passages() -> list[str]:
     return sorted((piece for piece in pieces if len(piece) > 12), key=lambda piece: (-len(piece), piece))
 
 
-def add_phrases(model: torch.nn.Module, tokenizer: Any) -> None:
-    """Give a model tokens for those fixed phrases that its tokenizer lacks, for instance of another prompt style.
-
-    Their embeddings are the mean of the others.
-    """
-    had = len(tokenizer)
-    tokenizer.add_tokens(fixed_phrases())
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-            weight[had:] = weight[:had].mean(0)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
 def main() -> None:
-    """Run the command: rows, init or phrases."""
+    """Run the command: rows or init."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = command.add_subparsers(dest="command", required=True)
-    rows = commands.add_parser("rows", help="write chat rows of random behaviour")
+    rows = commands.add_parser("rows", help="write chat rows of mostly random behaviour")
     rows.add_argument("config", help="YAML file; its env, sft.episodes, judge_examples, noise and guided count")
     rows.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
     init = commands.add_parser("init", help="train a tokenizer on rows, and draw a model's weights")
     init.add_argument("--rows", required=True, type=Path, metavar="JSONL", help="chat rows")
     init.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
-    phrases = commands.add_parser("phrases", help="give a model tokens for phrases that it lacks")
-    phrases.add_argument("model", metavar="FOLDER", help="a Hugging Face folder, as init makes it")
-    for one, what in ((rows, "JSONL"), (init, "FOLDER"), (phrases, "FOLDER")):
+    for one, what in ((rows, "JSONL"), (init, "FOLDER")):
         one.add_argument("--out", required=True, type=Path, metavar=what, help="what is written")
     arguments = command.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.command == "rows":
         rows = make_rows(configuration.load(arguments.config, arguments.set))
         print(f"{arguments.out}: {sft_data.write_rows(arguments.out, rows)} rows")
-    elif arguments.command == "init":
+    else:
         read = chat_rows.read_rows(arguments.rows)
         corpus = [chat_rows.text_of(row) for row in read[:: len(read) // MOST_TEXTS + 1]]
         save(*build(corpus, arguments.seed), arguments.out)
-    else:
-        loaded = load_model(Config(device="cpu"), path=arguments.model)
-        add_phrases(loaded.model, loaded.chat.tokenizer)
-        save(loaded.model, loaded.chat.tokenizer, arguments.out)
 
 
 def save(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
