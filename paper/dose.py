@@ -35,7 +35,7 @@ from paper.lab import Lab, Record, Row, interval, shares
 
 GAMES = ("env.data=data/lab_dev_games", "eval.games=300")
 EPISODES = Path("data/lab_dev_episodes.jsonl")  # the cold start's, without judged steps
-JUDGE_FIRST = (f"sft.data={EPISODES}", "sft.judge_examples=2000", "sft.episodes=2400")
+JUDGE_FIRST = (f"sft.data={EPISODES}", "sft.judge_examples=2000", "sft.episodes=3000")
 WIDE = Path("data/lab_wide")  # the base model with MLPs four times as wide, and the same outputs
 SMALL = ("judge.weight=0.1",)
 DOSE = ("judge.weight=1", "judge.questions=64")
