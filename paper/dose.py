@@ -5,7 +5,7 @@
 
 GRPO from one cold start (another where the row says so) on games that are in none of the table's lists.  Each row
 changes what its name says ("64 x 4": questions an iteration, answers each); picture and JSON show success, repeats and
-the judge's accuracy by level.
+the judge's accuracy by level, which is by the row's own labels: those with the expert's negatives are harder to guess.
 """
 
 from __future__ import annotations
