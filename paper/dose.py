@@ -1,7 +1,7 @@
 """How much GCD, and which: the laboratory's development runs, from which docs/lab.md fixes one setting for its table.
 
     python paper/dose.py                            all rows, resumable; then the picture, docs/lab/dose.png
-    python paper/dose.py --rows plain weight_1      some of them
+    python paper/dose.py --rows plain dose          some of them
 
 GRPO from one cold start (another where the row says so) on games that are in none of the table's lists.  Each row
 changes what its name says ("64 x 4": questions an iteration, answers each); picture and JSON show success, repeats and
