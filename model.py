@@ -305,12 +305,16 @@ def _add_adapter(config: Config, model: torch.nn.Module, base: str, adapter: str
             task_type=task,
         )
     made.inference_mode, made.base_model_name_or_path = False, None  # peft would warn of its own name for the base
-    tied = tied_ends(model)
+    tied, head = tied_ends(model), {}
+    if task == "TOKEN_CLS":  # which a language model's adapter has not
+        head = {f"base_model.model.score.{name}": weight.clone() for name, weight in model.score.state_dict().items()}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the same on every rank
             adapted = get_peft_model(model, made)
         weights = load_peft_weights(adapter, device="cpu") if adapter else {}
+        if adapter:
+            weights = head | weights
         if config.model.tune != "full":
             check_base_weights(adapted, weights, adapter)
         report = set_peft_model_state_dict(adapted, weights) if adapter else None

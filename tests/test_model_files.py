@@ -13,6 +13,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, Trainable
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import baselines
 import model
 from checkpoint import rehearse_save, save_model
 from config import Config, ConfigError
@@ -347,6 +348,25 @@ def test_an_adapter_is_what_peft_says_it_is(folder, tmp_path, kind):
     merged = load_model(tiny.changed(config, "model.tune=full"))
     np.testing.assert_allclose(logprobs(merged), logprobs(loaded), atol=1e-4)
     assert all(weight.requires_grad for weight in merged.model.parameters())
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_critic_begins_as_an_adapters_model(folder, tmp_path, tune):
+    """As after a cold start with adapters: it has no value head, which is 0 at first and then saved with the rest."""
+    adapter = make_adapter(folder, LoraConfig(r=4, **LORA), tmp_path / "adapter")
+    config = settings(f"model.path={adapter}", f"model.tune={tune}")
+    policy = load_model(config)
+    critic = baselines.load_critic(config, policy, str(adapter))
+    rng = np.random.default_rng(0)
+    batch = lay_out([Sample(rng.integers(3, 300, 20), rng.integers(3, 300, 30))], policy.packing)
+    with torch.no_grad():
+        assert baselines.token_values(critic, batch).eq(0).all()
+        torch.testing.assert_close(model.last_hidden(critic, batch)[0], model.last_hidden(policy, batch)[0])
+        critic.inner.score.bias.fill_(0.25)
+        save_model(critic, tmp_path / "saved")
+        again = baselines.load_critic(config, policy, str(tmp_path / "saved"))
+        assert baselines.token_values(again, batch).eq(0.25).all()
+    assert any("score" in name and weight.requires_grad for name, weight in again.model.named_parameters())
 
 
 @pytest.mark.parametrize("kind", REFUSED)
