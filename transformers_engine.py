@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -27,6 +28,8 @@ from model import LanguageModel
 
 NAME = "by_request"  # of the attention function, for attn_implementation
 PROMPT_TOKENS = 4096  # of prompts that join in one pass, where these are several
+# not cuDNN's, which torch prefers on an H100: it plans anew, for some 30 ms, at each number of keys, so for each token
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(eq=False)
@@ -122,7 +125,8 @@ def attending_by_request(model: PreTrainedModel) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
-        yield
+        with sdpa_kernel(KERNELS):
+            yield
     finally:
         model.set_attn_implementation(before)
 
