@@ -169,21 +169,19 @@ def evaluate_levels(
 
 
 def summarise(episodes: Sequence[Episode]) -> dict:
-    """Compute success with its interval, overall, per task type, per seed and per game; steps, invalid and repeated
+    """Compute success with its interval, overall, per seed, per task type and game; steps, invalid and repeated
     actions."""
     steps = [step for episode in episodes for step in episode.steps]
-    by_type, by_seed, by_game = defaultdict(list), defaultdict(list), defaultdict(int)
+    by_type, by_seed = defaultdict(list), defaultdict(list)
     for episode in episodes:
         by_type[episode.task.type].append(episode)
         by_seed[episode.member].append(episode.won)
-        by_game[episode.group] += episode.won
     return {
         **rate(episodes),
-        "types": {name: rate(played) for name, played in sorted(by_type.items())},
+        "types": {name: rate(own) | {"won_by_game": won_by_game(own)} for name, own in sorted(by_type.items())},
         "mean_of_types": float(np.mean([rate(played)["success"] for played in by_type.values()])),
         "success_loose": float(np.mean([episode.won_loose for episode in episodes])),
         "by_seed": [float(np.mean(by_seed[seed])) for seed in sorted(by_seed)],
-        "won_by_game": [by_game[number] for number in sorted(by_game)],  # plays won, in the order of the level's list
         "mean_steps": len(steps) / len(episodes),
         "mean_steps_won": float(np.mean([len(e.steps) for e in episodes if e.won]))
         if any(e.won for e in episodes)
@@ -194,16 +192,24 @@ def summarise(episodes: Sequence[Episode]) -> dict:
     }
 
 
+def won_by_game(episodes: Sequence[Episode]) -> list[int]:
+    """Count each game's plays that were won, in the order of the level's list."""
+    won: dict[int, int] = defaultdict(int)
+    for episode in episodes:
+        won[episode.group] += episode.won
+    return [won[number] for number in sorted(won)]
+
+
 def rate(episodes: Sequence[Episode]) -> dict:
     """Compute {"success", "n", "games", "low", "high"}: the share won, its 95 % Wilson interval at the effective n.
 
     That is n divided by the design effect (Kish 1965): the variance of the share with games as clusters over that with
     all plays independent, at least 1. Where nothing tells it, all or none being won, every game counts once.
     """
-    won_by_game = defaultdict(list)
+    outcomes = defaultdict(list)
     for episode in episodes:
-        won_by_game[episode.task.id].append(episode.won)
-    wins_G, plays_G = (np.array([count(won) for won in won_by_game.values()]) for count in (sum, len))  # [games]
+        outcomes[episode.task.id].append(episode.won)
+    wins_G, plays_G = (np.array([count(won) for won in outcomes.values()]) for count in (sum, len))  # [games]
     n, games = int(plays_G.sum()), len(plays_G)
     share = float(wins_G.sum() / n)
     effect = n / games

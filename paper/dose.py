@@ -82,7 +82,8 @@ ROWS = {
     "wide_plain": Row("GRPO, 2 million parameters, all weights", "grpo", "wide_sft", ALL_WEIGHTS),
     "wide_dose": gcd("the same, weight 1, 64 x 4", *DOSE, *ALONE, *ALL_WEIGHTS, start="wide_sft"),
 }
-PANELS = (*(f"success, {level}" for level in LEVELS), "repeats, L2", "judge, L0", "judge, L2")
+COOL = "pick_cool_then_place_in_recep"  # of L2's two types the one that a trained one can be mistaken for: to heat
+PANELS = (*(f"success, {level}" for level in LEVELS), "cool, L2", "repeats, L2", "judge, L0", "judge, L2")
 
 
 def main() -> None:
@@ -133,6 +134,8 @@ def measured(own: Mapping[int, Record]) -> Numbers:
         what, level = panel.split(", ")
         if what == "success":
             found[panel] = [interval(shares(own, level, [seed])) for seed in own]
+        elif what == "cool":
+            found[panel] = [interval(shares(own, level, [seed], COOL)) for seed in own]
         elif what == "repeats":
             found[panel] = [[one["levels"][level]["repeats"]] for one in own.values()]
         else:

@@ -187,12 +187,13 @@ class Lab:
 def make_record(run: Path) -> Record:
     """Gather what is kept of a run: success and behaviour by level, which games were won, curves, mechanism, time.
 
-    `won` has a digit per game of the level's fixed list, in its order: how often it was won of `plays`.
+    `won` has a digit per game, by task type, in the order of the level's fixed list: how often it was won of `plays`.
     """
     found = json.loads(newest_evaluation(run).read_text())
-    keys = ("success", "low", "high", "n", "types", "mean_steps", "invalid", "unavailable", "repeats")
+    keys = ("success", "low", "high", "n", "mean_steps", "invalid", "unavailable", "repeats")
     levels = {
-        level: {key: one[key] for key in keys} | {"won": "".join(map(str, one["won_by_game"]))}
+        level: {key: one[key] for key in keys}
+        | {"won": {kind: "".join(map(str, own["won_by_game"])) for kind, own in one["types"].items()}}
         for level, one in found["levels"].items()
     }
     record: Record = {"levels": levels, "plays": found["seeds"], "guidelines": found["guidelines"]}
@@ -225,10 +226,14 @@ def _clock(seconds: float) -> str:
 # Statistics
 
 
-def shares(records: Mapping[int, Record], level: str, seeds: Sequence[int] = ()) -> np.ndarray:
-    """Return the share of plays won of every game by every run of a row: float64 [seeds, games]."""
-    chosen = [records[seed] for seed in seeds or sorted(records)]
-    return np.array([[int(digit) / record["plays"] for digit in record["levels"][level]["won"]] for record in chosen])
+def shares(records: Mapping[int, Record], level: str, seeds: Sequence[int] = (), kind: str = "") -> np.ndarray:
+    """Return the share of plays won of every game, or those of a task type, by every run of a row: float64 [seeds,
+    games]."""
+    lines = []
+    for record in (records[seed] for seed in seeds or sorted(records)):
+        won = record["levels"][level]["won"]
+        lines.append([int(digit) / record["plays"] for digit in (won[kind] if kind else "".join(won.values()))])
+    return np.array(lines)
 
 
 def interval(*values_SG: np.ndarray) -> list[float]:

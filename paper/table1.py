@@ -85,7 +85,8 @@ def main() -> None:
     records = {name: found for name, found in lab.records(rows).items() if found}
     results = summarise(records)
     write(results, lab.folder)
-    print(aligned(success_table(results)), aligned(difference_table(results)), lab.folder / "table1.html", sep="\n\n")
+    shown = (success_table(results), difference_table(results), types_table(results))
+    print(*map(aligned, shown), lab.folder / "table1.html", sep="\n\n")
 
 
 def make_lab(prefix: str, settings: Sequence[str]) -> tuple[Lab, dict[str, Row]]:
@@ -108,7 +109,7 @@ def make_lab(prefix: str, settings: Sequence[str]) -> tuple[Lab, dict[str, Row]]
 
 def summarise(records: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
     """Compute the table: success of every row by column, [estimate, low, high]; differences of pairs over the seeds
-    that both have; seeds; and what the runs' mechanism correlates with."""
+    that both have, on L2 also by task type; seeds; and what the runs' mechanism correlates with."""
     found: dict[str, Any] = {"rows": {}, "pairs": {}, "seeds": {name: sorted(own) for name, own in records.items()}}
     for name, own in records.items():
         found["rows"][name] = {
@@ -119,7 +120,12 @@ def summarise(records: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
         if seeds:
             gains = {one: shares(records[ours], one, seeds) - shares(records[plain], one, seeds) for one in LEVELS}
             columns = {column: interval(*(gains[one] for one in levels)) for column, levels in COLUMNS.items()}
-            found["pairs"][f"{ours} - {plain}"] = {"seeds": seeds} | columns
+            kinds = records[ours][seeds[0]]["levels"]["L2"]["won"]
+            by_type = {
+                kind: interval(shares(records[ours], "L2", seeds, kind) - shares(records[plain], "L2", seeds, kind))
+                for kind in kinds
+            }
+            found["pairs"][f"{ours} - {plain}"] = {"seeds": seeds, "L2 by type": by_type} | columns
     found["mechanism"] = {name: mechanism(own) for name, own in records.items()}
     found["scatter"] = {level: gap_and_success(records, level) for level in LEVELS}
     return found
@@ -212,6 +218,16 @@ def difference_table(results: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
+def types_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """Lay out what GCD adds to each method on L2's task types, in points with intervals."""
+    kinds = sorted({kind for cells in results["pairs"].values() for kind in cells["L2 by type"]})
+    lines = [["on L2, GCD adds to", *kinds]]
+    for key, cells in results["pairs"].items():
+        own = cells["L2 by type"]
+        lines.append([ROWS[key.split(" - ")[1]].title, *(_percent(own[kind], sign=True) for kind in kinds)])
+    return lines
+
+
 def mechanism_table(results: Mapping[str, Any], level: str) -> list[list[str]]:
     """Lay out what training did to the models, on a level; means over seeds."""
     lines = [[f"{level}", *MECHANISM]]
@@ -231,7 +247,7 @@ def full_title(name: str) -> str:
 def markdown(results: Mapping[str, Any]) -> str:
     """Write the tables of success and of differences in Markdown."""
     parts = []
-    for head, *body in (success_table(results), difference_table(results)):
+    for head, *body in (success_table(results), difference_table(results), types_table(results)):
         lines = [head, ["---"] * len(head), *body]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts) + "\n"
@@ -253,7 +269,8 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}">'
         for name in ("table1_forest.png", "table1_scatter.png")
     )
-    tables = [success_table(results), difference_table(results), *(mechanism_table(results, one) for one in LEVELS)]
+    tables = [success_table(results), difference_table(results), types_table(results)]
+    tables += [mechanism_table(results, level) for level in LEVELS]
     style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
     page = f"<!doctype html><meta charset=utf-8><title>Table 1 in miniature</title><style>{style}</style>"
     (folder / "table1.html").write_text(page + "<h1>Table 1 in miniature</h1>" + "".join(map(_html, tables)) + pictures)

@@ -90,7 +90,7 @@ def test_summary_of_hand_made_episodes():
     found = summarise(episodes)
     assert (found["success"], found["n"]) == (0.25, 4)
     by_type = {kind: (one["success"], one["n"]) for kind, one in found["types"].items()}
-    assert by_type == {"cool": (0, 2), "heat": (0.5, 2)}
+    assert by_type == {"cool": (0, 2), "heat": (0.5, 2)} and found["types"]["heat"]["won_by_game"] == [1]
     assert found["by_seed"] == [0.5, 0.0]
     assert found["mean_steps"] == 2.0 and found["mean_steps_won"] == 2.0
     assert found["invalid"] == 2 / 8 and found["unavailable"] == 2 / 8

@@ -47,7 +47,7 @@ def test_the_table_and_its_records(folder):
     for name, record in records.items():
         for level in LEVELS:
             found = record["levels"][level]
-            wins = [int(digit) for digit in found["won"]]
+            wins = [int(digit) for own in found["won"].values() for digit in own]
             assert len(wins) == 2 and max(wins) <= record["plays"] == 2
             assert found["success"] == pytest.approx(sum(wins) / 4)
             assert results["rows"][name][level][0] == pytest.approx(found["success"])
@@ -150,9 +150,11 @@ def test_an_interval_over_levels_and_of_one_seed():
 
 
 def test_shares_are_by_seed_and_game():
-    records = {seed: {"plays": 2, "levels": {"L2": {"won": won}}} for seed, won in ((4, "021"), (1, "100"))}
+    won = {4: {"cool": "02", "two": "1"}, 1: {"cool": "10", "two": "0"}}
+    records = {seed: {"plays": 2, "levels": {"L2": {"won": own}}} for seed, own in won.items()}
     assert shares(records, "L2").tolist() == [[0.5, 0, 0], [0, 1, 0.5]]
     assert shares(records, "L2", [4]).tolist() == [[0, 1, 0.5]]
+    assert shares(records, "L2", kind="cool").tolist() == [[0.5, 0], [0, 1]]
 
 
 def test_correlation():
