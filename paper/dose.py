@@ -4,8 +4,9 @@
     python paper/dose.py --rows plain dose          some of them
 
 GRPO from one cold start (another where the row says so) on games that are in none of the table's lists.  Each row
-changes what its name says ("64 x 4": questions an iteration, answers each); picture and JSON show success, repeats and
-the judge's accuracy by level, which is by the row's own labels: those with the expert's negatives are harder to guess.
+changes what its name says ("64 x 4": questions an iteration, answers each).  Picture and JSON show success by level; of
+"cool" alone, with the share of its games in which anything is cooled; repeats; the judge's accuracy, which is by the
+row's own labels: those with the expert's negatives are harder to guess.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft_data
 from config import LEVELS
-from paper.lab import Lab, Record, Row, interval, shares
+from paper.lab import COOL, Lab, Record, Row, interval, shares
 
 GAMES = ("env.data=data/lab_dev_games", "eval.games=300")
 EPISODES = Path("data/lab_dev_episodes.jsonl")  # the cold start's, without judged steps
 JUDGE_FIRST = (f"sft.data={EPISODES}", "sft.judge_examples=2000", "sft.episodes=3000")
 WIDE = Path("data/lab_wide")  # the base model with MLPs four times as wide, and the same outputs
-SMALL = ("judge.weight=0.1",)
+SMALL = ("judge.weight=0.1", "judge.questions=16")
 DOSE = ("judge.weight=1", "judge.questions=64")
 SPREAD = ("judge.weight=1", "judge.questions=128", "judge.group_size=2")
+RULES = ("judge.teacher_flawed=false", "judge.teacher_steps=64")  # as in the paper
 FLAWED = ("judge.teacher_flawed=true", "judge.teacher_steps=128")
-ALONE = ("guidelines.every=0",)  # co-training alone
+GUIDED = ("guidelines.every=5", "guidelines.writer=medoid")  # a model this small distils nothing
 LONG = ("train.iterations=40",)
 ALL_WEIGHTS = ("model.tune=full", "train.lr=1e-4")
 
@@ -54,36 +56,42 @@ def gcd(title: str, *overrides: str, start: str = "sft") -> Row:
 ROWS = {
     "sft": Row("cold start", "sft", script="train_sft.py"),
     "plain": Row("GRPO", "grpo", "sft"),
-    "small": gcd("co-training: weight 0.1, 16 x 4", *SMALL, *ALONE),
-    "dose": gcd("co-training: weight 1, 64 x 4", *DOSE, *ALONE),
-    "spread": gcd("co-training: weight 1, 128 x 2", *SPREAD, *ALONE),
-    "flawed": gcd("weight 1, 64 x 4, the expert's negatives, too", *DOSE, *FLAWED, *ALONE),
-    "flawed_third": gcd("the same, weight 0.3", *DOSE, "judge.weight=0.3", *FLAWED, *ALONE),
-    "flawed_triple": gcd("the same, weight 3", *DOSE, "judge.weight=3", *FLAWED, *ALONE),
-    "flawed_spread": gcd("the same, weight 1, 128 x 2", *SPREAD, *FLAWED, *ALONE),
-    "flawed_both": gcd("the same, weight 1, 64 x 4, and guidelines", *DOSE, *FLAWED),
-    "guidelines": gcd("guidelines alone", "judge.weight=0", "judge.questions=64"),
-    "both": gcd("weight 1, 64 x 4, and guidelines", *DOSE),
+    "small": gcd("co-training: weight 0.1, 16 x 4", *SMALL, *RULES),
+    "dose": gcd("co-training: weight 1, 64 x 4", *DOSE, *RULES),
+    "spread": gcd("co-training: weight 1, 128 x 2", *SPREAD, *RULES),
+    "flawed": gcd("weight 1, 64 x 4, the expert's negatives, too", *DOSE, *FLAWED),
+    "flawed_third": gcd("the same, weight 0.3", *DOSE, "judge.weight=0.3", *FLAWED),
+    "flawed_triple": gcd("the same, weight 3", *DOSE, "judge.weight=3", *FLAWED),
+    "flawed_spread": gcd("the same, weight 1, 128 x 2", *SPREAD, *FLAWED),
+    "flawed_both": gcd("the same, weight 1, 64 x 4, and guidelines", *DOSE, *FLAWED, *GUIDED),
+    "guidelines": gcd("guidelines alone", "judge.weight=0", "judge.questions=64", *RULES, *GUIDED),
+    "both": gcd("weight 1, 64 x 4, and guidelines", *DOSE, *RULES, *GUIDED),
     "sft_judge": Row("cold start, 2,000 judged steps", "sft", overrides=JUDGE_FIRST, script="train_sft.py"),
     "judge_plain": Row("GRPO after these", "grpo", "sft_judge"),
-    "judge_flawed": gcd("weight 1, 64 x 4, negatives, after these", *DOSE, *FLAWED, *ALONE, start="sft_judge"),
+    "judge_flawed": gcd("weight 1, 64 x 4, negatives, after these", *DOSE, *FLAWED, start="sft_judge"),
     "long_plain": Row("GRPO, 40 iterations", "grpo", "sft", LONG),
-    "long_flawed": gcd("weight 1, 64 x 4, negatives, 40 iterations", *DOSE, *FLAWED, *ALONE, *LONG),
+    "long_flawed": gcd("weight 1, 64 x 4, negatives, 40 iterations", *DOSE, *FLAWED, *LONG),
     "gigpo": Row("GiGPO", "gigpo", "sft"),
-    "gigpo_flawed": Row("GiGPO, weight 1, 64 x 4, negatives", "gigpo_gcd", "sft", (*DOSE, *FLAWED, *ALONE)),
+    "gigpo_flawed": Row("GiGPO, weight 1, 64 x 4, negatives", "gigpo_gcd", "sft", (*DOSE, *FLAWED)),
     "ppo": Row("PPO", "ppo", "sft"),
-    "ppo_flawed": Row("PPO, weight 1, 64 x 4, negatives", "ppo_gcd", "sft", (*DOSE, *FLAWED, *ALONE)),
+    "ppo_flawed": Row("PPO, weight 1, 64 x 4, negatives", "ppo_gcd", "sft", (*DOSE, *FLAWED)),
     "all_plain": Row("GRPO, all weights", "grpo", "sft", ALL_WEIGHTS),
-    "all_weight_1": gcd("all weights: weight 1, 16 x 4, and guidelines", "judge.weight=1", *ALL_WEIGHTS),
-    "all_both": gcd("all weights: weight 1, 64 x 4, and guidelines", *DOSE, *ALL_WEIGHTS),
+    "all_weight_1": gcd(
+        "all weights: weight 1, 16 x 4, and guidelines",
+        "judge.weight=1",
+        "judge.questions=16",
+        *RULES,
+        *GUIDED,
+        *ALL_WEIGHTS,
+    ),
+    "all_both": gcd("all weights: weight 1, 64 x 4, and guidelines", *DOSE, *RULES, *GUIDED, *ALL_WEIGHTS),
     "wide_sft": Row(
         "cold start, 2 million parameters", "sft", overrides=(f"model.path={WIDE}",), script="train_sft.py"
     ),
     "wide_plain": Row("GRPO, 2 million parameters, all weights", "grpo", "wide_sft", ALL_WEIGHTS),
-    "wide_dose": gcd("the same, weight 1, 64 x 4", *DOSE, *ALONE, *ALL_WEIGHTS, start="wide_sft"),
+    "wide_dose": gcd("the same, weight 1, 64 x 4", *DOSE, *RULES, *ALL_WEIGHTS, start="wide_sft"),
 }
-COOL = "pick_cool_then_place_in_recep"  # of L2's two types the one that a trained one can be mistaken for: to heat
-PANELS = (*(f"success, {level}" for level in LEVELS), "cool, L2", "repeats, L2", "judge, L0", "judge, L2")
+PANELS = (*(f"success, {level}" for level in LEVELS), "cool, L2", "cools, L2", "repeats, L2", "judge, L0", "judge, L2")
 
 
 def main() -> None:
@@ -136,6 +144,8 @@ def measured(own: Mapping[int, Record]) -> Numbers:
             found[panel] = [interval(shares(own, level, [seed])) for seed in own]
         elif what == "cool":
             found[panel] = [interval(shares(own, level, [seed], COOL)) for seed in own]
+        elif what == "cools":
+            found[panel] = [[one["verbs"][COOL].get("cool", 0.0)] for one in own.values()]
         elif what == "repeats":
             found[panel] = [[one["levels"][level]["repeats"]] for one in own.values()]
         else:

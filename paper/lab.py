@@ -14,10 +14,12 @@ interval() has the statistics: a hierarchical bootstrap over training seeds and 
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 ONE_RANK = ("paper/mechanism.py",)
 RESAMPLES = 4000
+COOL = "pick_cool_then_place_in_recep"  # of ALFWorld's L2 the type that can be mistaken for a trained one: heat, clean
 LATE = 5  # iterations at the end of a run, over which training's metrics are averaged
 TRAINING = (  # what a record keeps of metrics.jsonl: a curve of the first, the late mean of the others
     "rollout/success",
@@ -188,8 +191,10 @@ def make_record(run: Path) -> Record:
     """Gather what is kept of a run: success and behaviour by level, which games were won, curves, mechanism, time.
 
     `won` has a digit per game, by task type, in the order of the level's fixed list: how often it was won of `plays`.
+    `verbs` has the share of a type's evaluation episodes, on all levels, in which an action begins with a word.
     """
-    found = json.loads(newest_evaluation(run).read_text())
+    evaluation = newest_evaluation(run)
+    found = json.loads(evaluation.read_text())
     keys = ("success", "low", "high", "n", "mean_steps", "invalid", "unavailable", "repeats")
     levels = {
         level: {key: one[key] for key in keys}
@@ -197,6 +202,7 @@ def make_record(run: Path) -> Record:
         for level, one in found["levels"].items()
     }
     record: Record = {"levels": levels, "plays": found["seeds"], "guidelines": found["guidelines"]}
+    record["verbs"] = count_verbs(evaluation.with_name(f"{evaluation.stem}_episodes.jsonl.gz"))
     record["seconds"] = found["seconds"]
     if (run / "metrics.jsonl").is_file():
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -210,6 +216,20 @@ def make_record(run: Path) -> Record:
         record["mechanism"] = measured["levels"]
         record["seconds"] += measured["seconds"]
     return record
+
+
+def count_verbs(file: Path) -> dict[str, dict[str, float]]:
+    """Compute the share of episodes of each task type in which some action begins with a word, if 1 % or more."""
+    episodes, having = Counter[str](), defaultdict[str, Counter[str]](Counter)
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for episode in map(json.loads, lines):
+            kind = episode["task"]["type"]
+            episodes[kind] += 1
+            having[kind].update({(step["action"] or "-").split()[0] for step in episode["steps"]})
+    return {
+        kind: {verb: round(count / total, 4) for verb, count in sorted(having[kind].items()) if count >= 0.01 * total}
+        for kind, total in sorted(episodes.items())
+    }
 
 
 def _brief(record: Record) -> str:

@@ -37,7 +37,7 @@ from matplotlib import pyplot
 
 import envs
 from config import LEVELS, ConfigError
-from paper.lab import Lab, Record, Row, interval, shares
+from paper.lab import COOL, Lab, Record, Row, interval, shares
 
 ROWS = {
     "vanilla": Row("Vanilla", "sft", script=""),
@@ -56,8 +56,9 @@ ROWS = {
 }
 PAIRS = (("gcd", "grpo"), ("gigpo_gcd", "gigpo"), ("rlvmr_gcd", "rlvmr"), ("ppo_gcd", "ppo"), ("base_gcd", "base_grpo"))
 PRIMARY = ("gcd", "grpo"), "L2"
-SEEDS = {name: range(3) for name in ROWS} | {name: range(5) for name in ("sft", "grpo", "gcd")} | {"vanilla": range(1)}
+SEEDS = {name: range(3) for name in ROWS} | {name: range(8) for name in ("sft", "grpo", "gcd")} | {"vanilla": range(1)}
 COLUMNS = {level: (level,) for level in LEVELS} | {"mean": LEVELS}
+VERBS = ("cool", "heat", "clean")  # what can be done in games of COOL, rightly and wrongly
 
 
 def main() -> None:
@@ -85,8 +86,7 @@ def main() -> None:
     records = {name: found for name, found in lab.records(rows).items() if found}
     results = summarise(records)
     write(results, lab.folder)
-    shown = (success_table(results), difference_table(results), types_table(results))
-    print(*map(aligned, shown), lab.folder / "table1.html", sep="\n\n")
+    print(*map(aligned, tables(results)), lab.folder / "table1.html", sep="\n\n")
 
 
 def make_lab(prefix: str, settings: Sequence[str]) -> tuple[Lab, dict[str, Row]]:
@@ -109,7 +109,7 @@ def make_lab(prefix: str, settings: Sequence[str]) -> tuple[Lab, dict[str, Row]]
 
 def summarise(records: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
     """Compute the table: success of every row by column, [estimate, low, high]; differences of pairs over the seeds
-    that both have, on L2 also by task type; seeds; and what the runs' mechanism correlates with."""
+    that both have, on L2 also by task type; what is done in games of "cool"; and mechanism, with what it correlates."""
     found: dict[str, Any] = {"rows": {}, "pairs": {}, "seeds": {name: sorted(own) for name, own in records.items()}}
     for name, own in records.items():
         found["rows"][name] = {
@@ -126,6 +126,11 @@ def summarise(records: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
                 for kind in kinds
             }
             found["pairs"][f"{ours} - {plain}"] = {"seeds": seeds, "L2 by type": by_type} | columns
+    found["verbs"] = {
+        name: {verb: float(np.mean([one["verbs"][COOL].get(verb, 0.0) for one in own.values()])) for verb in VERBS}
+        for name, own in records.items()
+        if all(COOL in one["verbs"] for one in own.values())
+    }
     found["mechanism"] = {name: mechanism(own) for name, own in records.items()}
     found["scatter"] = {level: gap_and_success(records, level) for level in LEVELS}
     return found
@@ -228,6 +233,14 @@ def types_table(results: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
+def verbs_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """Lay out in how many of the games of "cool", in percent, an agent cools, heats or cleans something."""
+    lines = [['in games of "cool"', *VERBS]]
+    for name, found in results["verbs"].items():
+        lines.append([full_title(name), *(f"{100 * found[verb]:.0f}" for verb in VERBS)])
+    return lines
+
+
 def mechanism_table(results: Mapping[str, Any], level: str) -> list[list[str]]:
     """Lay out what training did to the models, on a level; means over seeds."""
     lines = [[f"{level}", *MECHANISM]]
@@ -244,10 +257,16 @@ def full_title(name: str) -> str:
     return f"{ROWS[plain].title} {ROWS[name].title}" if plain else ROWS[name].title
 
 
+def tables(results: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Lay out success, differences, L2 by task type and what is done there, as far as there are runs of it."""
+    made = [make(results) for make in (success_table, difference_table, types_table, verbs_table)]
+    return [table for table in made if len(table) > 1]
+
+
 def markdown(results: Mapping[str, Any]) -> str:
-    """Write the tables of success and of differences in Markdown."""
+    """Write these tables in Markdown."""
     parts = []
-    for head, *body in (success_table(results), difference_table(results), types_table(results)):
+    for head, *body in tables(results):
         lines = [head, ["---"] * len(head), *body]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts) + "\n"
@@ -269,11 +288,10 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}">'
         for name in ("table1_forest.png", "table1_scatter.png")
     )
-    tables = [success_table(results), difference_table(results), types_table(results)]
-    tables += [mechanism_table(results, level) for level in LEVELS]
+    shown = [*tables(results), *(mechanism_table(results, level) for level in LEVELS)]
     style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
     page = f"<!doctype html><meta charset=utf-8><title>Table 1 in miniature</title><style>{style}</style>"
-    (folder / "table1.html").write_text(page + "<h1>Table 1 in miniature</h1>" + "".join(map(_html, tables)) + pictures)
+    (folder / "table1.html").write_text(page + "<h1>Table 1 in miniature</h1>" + "".join(map(_html, shown)) + pictures)
 
 
 def forest(results: Mapping[str, Any], path: Path) -> None:

@@ -1,5 +1,6 @@
 """paper/lab.py and table1.py: real runs make records and a table, once; and what their intervals hold."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_rows_are_paired_and_have_configs():
     for row in [*table1.ROWS.values(), *dose.ROWS.values()]:
         loaded, plain = made.config(row), row.script == "train_rl.py" and "gcd" not in row.config
         assert loaded.judge.enabled != plain
-        assert bool(loaded.guidelines.every) != (plain or "guidelines.every=0" in row.overrides)
+        assert bool(loaded.guidelines.every) == ("guidelines.every=5" in row.overrides)
 
 
 @pytest.mark.parametrize(("prefix", "settings"), [("lab", ()), ("qwen7b", ("env.name=scienceworld",))])
@@ -155,6 +156,21 @@ def test_shares_are_by_seed_and_game():
     assert shares(records, "L2").tolist() == [[0.5, 0, 0], [0, 1, 0.5]]
     assert shares(records, "L2", [4]).tolist() == [[0, 1, 0.5]]
     assert shares(records, "L2", kind="cool").tolist() == [[0.5, 0], [0, 1]]
+
+
+def test_verbs_are_counted_by_episode(tmp_path):
+    def line(kind: str, *actions: str) -> str:
+        return json.dumps({"task": {"type": kind}, "steps": [{"action": action} for action in actions]})
+
+    with gzip.open(tmp_path / "episodes", "wt") as out:
+        cool = lab.COOL
+        lines = [line(cool, "heat a", "heat b", ""), line(cool, "cool a", "look"), line("two", "look"), line(cool)]
+        out.write("\n".join([*lines, *[line("two", "go to x")] * 200]))
+    found = lab.count_verbs(tmp_path / "episodes")
+    third = pytest.approx(1 / 3, abs=1e-4)
+    assert found == {cool: {"-": third, "cool": third, "heat": third, "look": third}, "two": {"go": 0.995}}
+    rows = {"grpo": {"cool": 0.25, "heat": 0.5, "clean": 0.125}}
+    assert table1.verbs_table({"verbs": rows})[1:] == [["GRPO", "25", "50", "12"]]
 
 
 def test_correlation():
