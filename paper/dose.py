@@ -12,7 +12,6 @@ row's own labels: those with the expert's negatives are harder to guess.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import sys
@@ -26,9 +25,7 @@ import config as configuration
 import matplotlib
 
 matplotlib.use("Agg")
-import torch
 from matplotlib import pyplot
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft_data
 from config import LEVELS
@@ -37,7 +34,6 @@ from paper.lab import COOL, Lab, Record, Row, interval, shares
 GAMES = ("env.data=data/lab_dev_games", "eval.games=300")
 EPISODES = Path("data/lab_dev_episodes.jsonl")  # the cold start's, without judged steps
 JUDGE_FIRST = (f"sft.data={EPISODES}", "sft.judge_examples=2000", "sft.episodes=3000")
-WIDE = Path("data/lab_wide")  # the base model with MLPs four times as wide, and the same outputs
 SMALL = ("judge.weight=0.1", "judge.questions=16")
 DOSE = ("judge.weight=1", "judge.questions=64")
 SPREAD = ("judge.weight=1", "judge.questions=128", "judge.group_size=2")
@@ -45,6 +41,7 @@ RULES = ("judge.teacher_flawed=false", "judge.teacher_steps=64")  # as in the pa
 FLAWED = ("judge.teacher_flawed=true", "judge.teacher_steps=128")
 GUIDED = ("guidelines.every=5", "guidelines.writer=medoid")  # a model this small distils nothing
 LONG = ("train.iterations=40",)
+RANK = ("model.lora_rank=32", "model.lora_alpha=256")  # alpha / rank as with rank 8
 ALL_WEIGHTS = ("model.tune=full", "train.lr=1e-4")
 
 
@@ -85,11 +82,9 @@ ROWS = {
         *ALL_WEIGHTS,
     ),
     "all_both": gcd("all weights: weight 1, 64 x 4, and guidelines", *DOSE, *RULES, *GUIDED, *ALL_WEIGHTS),
-    "wide_sft": Row(
-        "cold start, 2 million parameters", "sft", overrides=(f"model.path={WIDE}",), script="train_sft.py"
-    ),
-    "wide_plain": Row("GRPO, 2 million parameters, all weights", "grpo", "wide_sft", ALL_WEIGHTS),
-    "wide_dose": gcd("the same, weight 1, 64 x 4", *DOSE, *RULES, *ALL_WEIGHTS, start="wide_sft"),
+    "rank_sft": Row("cold start, adapter of rank 32", "sft", overrides=RANK, script="train_sft.py"),
+    "rank_plain": Row("GRPO, rank 32", "grpo", "rank_sft", RANK),
+    "rank_flawed": gcd("rank 32, weight 1, 64 x 4, negatives", *DOSE, *FLAWED, *RANK, start="rank_sft"),
 }
 PANELS = (*(f"success, {level}" for level in LEVELS), "cool, L2", "cools, L2", "repeats, L2", "judge, L0", "judge, L2")
 
@@ -105,31 +100,12 @@ def main() -> None:
     if not EPISODES.is_file():
         vanilla = configuration.load("configs/lab_sft.yaml", [*GAMES, "sft.variant=vanilla"])
         sft_data.write_rows(EPISODES, sft_data.make_rows(vanilla))
-    if not WIDE.is_dir():
-        widen(Path(configuration.load("configs/lab_sft.yaml").model.path), WIDE)
     lab.run_all(ROWS, {name: arguments.seeds for name in arguments.rows or ROWS}, arguments.workers, ranks=1)
     records = {name: found for name, found in lab.records(ROWS).items() if found}
     numbers = {name: measured(found) for name, found in records.items()}
     Path("docs/lab/dose.json").write_text(json.dumps(numbers, indent=1))
     draw(numbers, Path("docs/lab/dose.png"))
     print(table(numbers))
-
-
-def widen(folder: Path, out: Path, factor: int = 4) -> None:
-    """Write a model with MLPs `factor` times as wide, whose outputs are the same: what the new neurons say is 0."""
-    torch.manual_seed(0)
-    old = AutoModelForCausalLM.from_pretrained(folder)
-    sizes = copy.deepcopy(old.config)
-    sizes.intermediate_size *= factor
-    new = AutoModelForCausalLM.from_config(sizes)
-    weights = old.state_dict()
-    with torch.no_grad():
-        for name, weight in new.state_dict().items():
-            if name.endswith("down_proj.weight"):
-                weight.zero_()
-            weight[tuple(map(slice, weights[name].shape))] = weights[name]
-    new.save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
 
 
 Numbers = dict[str, list[list[float]]]  # panel -> a run's [estimate, low, high], or [estimate], by seed
