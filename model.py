@@ -312,9 +312,7 @@ def _add_adapter(config: Config, model: torch.nn.Module, base: str, adapter: str
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the same on every rank
             adapted = get_peft_model(model, made)
-        weights = load_peft_weights(adapter, device="cpu") if adapter else {}
-        if adapter:
-            weights = head | weights
+        weights = head | load_peft_weights(adapter, device="cpu") if adapter else {}
         if config.model.tune != "full":
             check_base_weights(adapted, weights, adapter)
         report = set_peft_model_state_dict(adapted, weights) if adapter else None
