@@ -279,6 +279,15 @@ def interval(*values_SG: np.ndarray) -> list[float]:
     return [middle, float(low), float(high)]
 
 
+def interval_over_seeds(values_S: np.ndarray) -> list[float]:
+    """Compute [estimate, low, high] of the mean of a number per run: Student's t, 95 %; of one run the number alone."""
+    seeds, middle = len(values_S), float(values_S.mean())
+    if seeds == 1:
+        return [middle]
+    half = float(student_t.ppf(0.975, seeds - 1) * values_S.std(ddof=1) / np.sqrt(seeds))
+    return [middle, middle - half, middle + half]
+
+
 def _widening(values_SG: Sequence[np.ndarray]) -> float:
     """Compute by what an interval for a mean over few seeds is wider than the normal one."""
     seeds = len(values_SG[0])

@@ -37,7 +37,7 @@ from matplotlib import pyplot
 
 import envs
 from config import LEVELS, ConfigError
-from paper.lab import COOL, Lab, Record, Row, interval, shares
+from paper.lab import COOL, Lab, Record, Row, interval, interval_over_seeds, shares
 
 ROWS = {
     "vanilla": Row("Vanilla", "sft", script=""),
@@ -108,48 +108,71 @@ def make_lab(prefix: str, settings: Sequence[str]) -> tuple[Lab, dict[str, Row]]
 
 
 def summarise(records: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
-    """Compute the table: success of every row by column, [estimate, low, high]; differences of pairs over the seeds
-    that both have, on L2 also by task type; what is done in games of "cool"; and mechanism, with what it correlates."""
-    found: dict[str, Any] = {"rows": {}, "pairs": {}, "seeds": {name: sorted(own) for name, own in records.items()}}
-    for name, own in records.items():
-        found["rows"][name] = {
-            column: interval(*(shares(own, level) for level in levels)) for column, levels in COLUMNS.items()
-        }
-    for ours, plain in PAIRS:
-        seeds = sorted(records.get(ours, {}).keys() & records.get(plain, {}).keys())
-        if seeds:
-            gains = {one: shares(records[ours], one, seeds) - shares(records[plain], one, seeds) for one in LEVELS}
-            columns = {column: interval(*(gains[one] for one in levels)) for column, levels in COLUMNS.items()}
-            kinds = records[ours][seeds[0]]["levels"]["L2"]["won"]
-            by_type = {
-                kind: interval(shares(records[ours], "L2", seeds, kind) - shares(records[plain], "L2", seeds, kind))
-                for kind in kinds
-            }
-            found["pairs"][f"{ours} - {plain}"] = {"seeds": seeds, "L2 by type": by_type} | columns
+    """Compute the table: success of every row by column, [estimate, low, high]; what GCD changes in each pair; what is
+    done in games of "cool"; and mechanism, with what it correlates."""
+    found: dict[str, Any] = {"seeds": {name: sorted(own) for name, own in records.items()}}
+    found["rows"] = {name: by_column({level: shares(own, level) for level in LEVELS}) for name, own in records.items()}
+    pairs = {
+        f"{ours} - {plain}": (records[ours], records[plain])
+        for ours, plain in PAIRS
+        if records.get(ours, {}).keys() & records.get(plain, {}).keys()
+    }
+    found["pairs"] = {name: compare(*pair) for name, pair in pairs.items()}
+    if seeds := sorted(set.intersection(*(set(one["seeds"]) for one in found["pairs"].values())) if pairs else ()):
+        gains = {level: np.mean([gain(*pair, seeds, level) for pair in pairs.values()], axis=0) for level in LEVELS}
+        found["together"] = by_column(gains) | {"seeds": seeds}
     found["verbs"] = {
         name: {verb: float(np.mean([one["verbs"][COOL].get(verb, 0.0) for one in own.values()])) for verb in VERBS}
         for name, own in records.items()
         if all(COOL in one["verbs"] for one in own.values())
     }
-    found["mechanism"] = {name: mechanism(own) for name, own in records.items()}
+    found["mechanism"] = {
+        name: {level: {key: float(values.mean()) for key, values in mechanism(own, level).items()} for level in LEVELS}
+        for name, own in records.items()
+    }
     found["scatter"] = {level: gap_and_success(records, level) for level in LEVELS}
     return found
 
 
-def mechanism(own: Mapping[int, Record]) -> dict[str, dict[str, float]]:
-    """Average what was measured of a row's runs over its seeds, by level: mechanism.py's numbers, repeats, and what
-    training logged at its end."""
-    found: dict[str, dict[str, float]] = {}
+def by_column(value_SG: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """Compute [estimate, low, high] of every column from every level's values, [seeds, games]."""
+    return {column: interval(*(value_SG[level] for level in levels)) for column, levels in COLUMNS.items()}
+
+
+def gain(
+    ours: Mapping[int, Record], plain: Mapping[int, Record], seeds: Sequence[int], level: str, kind: str = ""
+) -> np.ndarray:
+    """Compute by what ours wins a level's games, or those of a task type, more often: float64 [seeds, games]."""
+    return shares(ours, level, seeds, kind) - shares(plain, level, seeds, kind)
+
+
+def compare(ours: Mapping[int, Record], plain: Mapping[int, Record]) -> dict[str, Any]:
+    """Compute what GCD changes over the seeds that both rows of a pair have: success, on L2 also by task type, and by
+    level what mechanism() lists: [estimate, low, high]."""
+    seeds = sorted(ours.keys() & plain.keys())
+    changed: dict[str, dict[str, list[float]]] = {}
     for level in LEVELS:
-        values: dict[str, list[float]] = {"repeats": [one["levels"][level]["repeats"] for one in own.values()]}
-        for one in own.values():
-            for key, value in one.get("mechanism", {}).get(level, {}).items():
-                if key != "missing" and value:
-                    values.setdefault(key, []).append(value[0])
-            for key, value in one.get("late", {}).items():
-                values.setdefault(key, []).append(value)
-        found[level] = {key: float(np.mean(value)) for key, value in values.items()}
-    return found
+        values, others = (mechanism({seed: row[seed] for seed in seeds}, level) for row in (ours, plain))
+        both = [key for key in values if key in others and len(values[key]) == len(others[key]) == len(seeds)]
+        changed[level] = {key: interval_over_seeds(values[key] - others[key]) for key in both}
+    kinds = ours[seeds[0]]["levels"]["L2"]["won"]
+    return by_column({level: gain(ours, plain, seeds, level) for level in LEVELS}) | {
+        "seeds": seeds,
+        "L2 by type": {kind: interval(gain(ours, plain, seeds, "L2", kind)) for kind in kinds},
+        "mechanism": changed,
+    }
+
+
+def mechanism(own: Mapping[int, Record], level: str) -> dict[str, np.ndarray]:
+    """List what was measured of a row's runs on a level, a value per seed that has it: mechanism.py's numbers, repeats,
+    and what training logged at its end."""
+    found: dict[str, list[float]] = {"repeats": [one["levels"][level]["repeats"] for one in own.values()]}
+    for one in own.values():
+        measured = one.get("mechanism", {}).get(level, {})
+        numbers = {key: value[0] for key, value in measured.items() if key != "missing" and value}
+        for key, value in (numbers | one.get("late", {})).items():
+            found.setdefault(key, []).append(value)
+    return {key: np.array(values) for key, values in found.items()}
 
 
 def gap_and_success(records: Mapping[str, Mapping[int, Record]], level: str) -> dict[str, Any]:
@@ -215,11 +238,13 @@ def success_table(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def difference_table(results: Mapping[str, Any]) -> list[list[str]]:
-    """Lay out what GCD adds to each method, in points with intervals."""
+    """Lay out what GCD adds to each method, and to all of them on the seeds that all have, in points with intervals."""
+    shown = {ROWS[key.split(" - ")[1]].title: cells for key, cells in results["pairs"].items()}
+    if len(shown) > 1 and "together" in results:
+        shown[f"these {len(shown)}, averaged"] = results["together"]
     lines = [["GCD adds to", *COLUMNS, "seeds"]]
-    for key, cells in results["pairs"].items():
-        plain = ROWS[key.split(" - ")[1]].title
-        lines.append([plain, *(_percent(cells[one], sign=True) for one in COLUMNS), str(len(cells["seeds"]))])
+    for title, cells in shown.items():
+        lines.append([title, *(_percent(cells[one], sign=True) for one in COLUMNS), str(len(cells["seeds"]))])
     return lines
 
 
@@ -242,12 +267,16 @@ def verbs_table(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def mechanism_table(results: Mapping[str, Any], level: str) -> list[list[str]]:
-    """Lay out what training did to the models, on a level; means over seeds."""
-    lines = [[f"{level}", *MECHANISM]]
+    """Lay out what training did to the models, on a level, means over seeds; and what GCD changes of it."""
+    lines = [[level, *MECHANISM]]
     for name, found in results["mechanism"].items():
         values = [found[level].get(key) for key in MECHANISM.values()]
         if sum(value is not None for value in values) > 1:
             lines.append([full_title(name), *("" if value is None else f"{value:.3f}" for value in values)])
+    for name, cells in results["pairs"].items():
+        found = [cells["mechanism"][level].get(key) for key in MECHANISM.values()]
+        title = f"GCD changes {ROWS[name.split(' - ')[1]].title} by"
+        lines.append([title, *(_change(value) if value else "" for value in found)])
     return lines
 
 
@@ -334,6 +363,11 @@ def scatter(results: Mapping[str, Any], path: Path) -> None:
 def _percent(value: Sequence[float], sign: bool = False) -> str:
     middle, low, high = (f"{100 * one:{'+' if sign else ''}.1f}" for one in value)
     return f"{middle} [{low}, {high}]"
+
+
+def _change(value: Sequence[float]) -> str:
+    middle, *ends = (f"{one:+.3f}" for one in value)
+    return f"{middle} [{', '.join(ends)}]" if ends else middle
 
 
 def _html(lines: Sequence[Sequence[str]]) -> str:

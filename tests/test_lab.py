@@ -12,7 +12,7 @@ import tiny
 import envs
 from config import LEVELS, ConfigError
 from paper import dose, lab, table1
-from paper.lab import Lab, Row, interval, shares
+from paper.lab import Lab, Row, interval, interval_over_seeds, shares
 
 RUNS = ("vanilla", "base_gcd", "base_grpo")
 SETTINGS = (
@@ -146,6 +146,7 @@ def test_an_interval_over_levels_and_of_one_seed():
     one_SG, two_SG = np.eye(4)[:2], np.ones((2, 3))
     assert interval(one_SG, two_SG)[0] == pytest.approx((0.25 + 1) / 2)
     assert interval(two_SG) == pytest.approx([1.0, 1.0, 1.0])
+    assert interval_over_seeds(np.array([0.25])) == [0.25]
     estimate, low, high = interval(np.array([[0.0, 1.0] * 50]))
     assert estimate == 0.5 and 0.38 < low < 0.42 and 0.58 < high < 0.62
 
@@ -171,6 +172,28 @@ def test_verbs_are_counted_by_episode(tmp_path):
     assert found == {cool: {"-": third, "cool": third, "heat": third, "look": third}, "two": {"go": 0.995}}
     rows = {"grpo": {"cool": 0.25, "heat": 0.5, "clean": 0.125}}
     assert table1.verbs_table({"verbs": rows})[1:] == [["GRPO", "25", "50", "12"]]
+
+
+def test_pairs_are_compared_on_the_seeds_that_all_have():
+    def record(won: str, cos: float) -> dict:
+        level = {"won": {"cool": won}, "repeats": 0.5, "success": won.count("1") / 4}
+        mechanism = {"cos": [cos, 0, 1], "cos at the start": [0.0, 0, 0]}
+        measured = {level: mechanism for level in LEVELS}
+        return {"levels": dict.fromkeys(LEVELS, level), "plays": 1, "verbs": {}, "mechanism": measured}
+
+    plain = {seed: record("1000", 0.1) for seed in range(3)}
+    ours = {seed: record("1110", 0.1 + 0.1 * seed) for seed in range(2)}
+    records = {"grpo": plain, "gcd": ours | {2: record("1111", 0.4)}, "gigpo": plain, "gigpo_gcd": ours}
+    results = table1.summarise(records)
+    assert results["pairs"]["gcd - grpo"]["L2"][0] == pytest.approx((0.5 + 0.5 + 0.75) / 3)
+    assert results["pairs"]["gigpo_gcd - gigpo"]["seeds"] == results["together"]["seeds"] == [0, 1]
+    assert results["together"]["L2"][0] == pytest.approx(0.5)
+    cos = results["pairs"]["gcd - grpo"]["mechanism"]["L1"]["cos"]
+    assert cos[0] == pytest.approx(0.4 / 3) and cos[1:] == pytest.approx([0.4 / 3 - 0.379, 0.4 / 3 + 0.379], abs=1e-3)
+    head, *lines = table1.difference_table(results)
+    assert [line[0] for line in lines] == ["GRPO", "GiGPO", "these 2, averaged"] and len({*map(len, lines)}) == 1
+    assert table1.mechanism_table(results, "L0")[-1][:2] == ["GCD changes GiGPO by", "+0.050 [-0.585, +0.685]"]
+    assert len(results["scatter"]["L0"]["gap"]) == 11
 
 
 def test_correlation():

@@ -225,6 +225,7 @@ def main() -> None:
     init = commands.add_parser("init", help="train a tokenizer on rows, and draw a model's weights")
     init.add_argument("--rows", required=True, type=Path, metavar="JSONL", help="chat rows")
     init.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    init.add_argument("--hidden", type=int, default=128, help="hidden size; a head per 32 (default: %(default)s)")
     for one, what in ((rows, "JSONL"), (init, "FOLDER")):
         one.add_argument("--out", required=True, type=Path, metavar=what, help="what is written")
     arguments = command.parse_args()
@@ -235,7 +236,7 @@ def main() -> None:
     else:
         read = chat_rows.read_rows(arguments.rows)
         corpus = [chat_rows.text_of(row) for row in read[:: len(read) // MOST_TEXTS + 1]]
-        save(*build(corpus, arguments.seed), arguments.out)
+        save(*build(corpus, arguments.seed, arguments.hidden, heads=arguments.hidden // 32), arguments.out)
 
 
 def save(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
