@@ -176,6 +176,7 @@ class JudgeConfig:
         64, "unlabelled steps that the teacher is shown an iteration, over all ranks", at_least=0
     )
     teacher_flawed: bool = option(False, "use what the teacher calls flawed, too; false: the rules alone, as the paper")
+    random_labels: bool = option(False, "a control: questions' labels are dealt out at random")
     # teacher=openai alone; the paper's is DeepSeek-V3
     base_url: str = option("https://api.deepseek.com", "any OpenAI-compatible endpoint")
     model: str = option("deepseek-chat", "the endpoint's model")

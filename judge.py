@@ -156,23 +156,30 @@ class Question:
 
 
 def sample_questions(episodes: Sequence[Episode], config: Config, count: int, rng: random.Random) -> list[Question]:
-    """Draw up to `count` (even) labelled steps, half good and half flawed, without replacement; not yet answered."""
+    """Draw up to `count` (even) labelled steps, half good and half flawed, without replacement; not yet answered.
+
+    With judge.random_labels their labels are dealt out among them anew.
+    """
     labelled = {1: [], 0: []}
     for episode in episodes:
         for index, step in enumerate(episode.steps):
             if step.label is not None:
                 labelled[step.label].append((episode, index, step))
     half = min(count // 2, len(labelled[1]), len(labelled[0]))
+    labels = [1] * half + [0] * half
+    drawn = [one for label in (1, 0) for one in rng.sample(labelled[label], half)]
+    if config.judge.random_labels:
+        rng.shuffle(labels)
     return [
         Question(
             episode.group,
             episode.member,
             index,
-            step.label,
+            label,
             prompts.build_judge_prompt(config.env.name, step.prompt, step.response),
             step.label_source,
         )
-        for episode, index, step in rng.sample(labelled[1], half) + rng.sample(labelled[0], half)
+        for label, (episode, index, step) in zip(labels, drawn, strict=True)
     ]
 
 

@@ -246,7 +246,7 @@ def train(
 
     tokenised = functools.cache(lambda index: tokenise(model, rows[index], sft.prompt_loss))
     bar = progress_bar(batches, desc=f"SFT {config.name}", unit=" updates", initial=state.iteration)
-    started, preemption = time.monotonic(), PreemptionSignal()
+    recorded, preemption = time.monotonic(), PreemptionSignal()
     model.model.train()
     for done, (epoch, batch) in enumerate(batches[state.iteration :], state.iteration + 1):
         sums = add_gradients(model, [(rows[index], *tokenised(index)) for index in batch[rank::world]], config)
@@ -263,7 +263,8 @@ def train(
             record = {"update": done, "epoch": epoch}
             record |= {key: float(total) / n for total, (key, (_, n)) in zip(totals, sums.items(), strict=True) if n}
             record |= {"train/grad_norm": norm, "train/lr": learning_rate(done, len(batches), config)}
-            record["time/total"] = time.monotonic() - started
+            now = time.monotonic()
+            record["time/total"], recorded = now - recorded, now  # since the record before
             bar.set_postfix(nll=f"{record['train/nll_per_token']:.3f}")
             if rank == 0:
                 if bar.disable:  # no terminal

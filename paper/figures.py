@@ -216,7 +216,7 @@ def for_panels(configs: Iterable[Config], games: int, steps: int, labels: str = 
     """Choose the settings that all runs are measured with: the first's that was trained with GCD, or the first's."""
     configs = list(configs)
     config = next((config for config in configs if config.judge.enabled), configs[0])
-    asking = dataclasses.replace(config.judge, enabled=True, teacher=labels, questions=steps)
+    asking = dataclasses.replace(config.judge, enabled=True, teacher=labels, questions=steps, random_labels=False)
     if labels == "openai":  # as the paper labels Figure 5
         asking = dataclasses.replace(asking, votes=5, agreement="unanimous")
     return dataclasses.replace(config, judge=asking, eval=dataclasses.replace(config.eval, games=games))

@@ -15,11 +15,11 @@ interval() has the statistics: a hierarchical bootstrap over training seeds and 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from scipy.stats import norm as normal
 from scipy.stats import t as student_t
 
 import config as configuration
-from config import Config, ConfigError, newest_evaluation
+from config import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -94,6 +94,13 @@ class Lab:
             return f"runs/{self.name(row.start, seed)}/checkpoints/latest"
         return self.config(rows[row.start] if row.start else row).model.path
 
+    def end(self, rows: Mapping[str, Row], name: str, seed: int) -> str:
+        """Return the name of the checkpoint that a run ends with, or of the model that is evaluated as it is."""
+        row = rows[name]
+        if not row.script:
+            return Path(self.start(rows, name, seed)).name
+        return "final" if row.script == "train_sft.py" else f"{self.config(row).train.iterations:06d}"
+
     def commands(self, rows: Mapping[str, Row], name: str, seed: int) -> list[list[str]]:
         """List what makes a run's files, but for its record: training, evaluation, mechanism."""
         row, run, start = rows[name], f"runs/{self.name(name, seed)}", self.start(rows, name, seed)
@@ -111,29 +118,35 @@ class Lab:
 
     def run_all(self, rows: Mapping[str, Row], seeds: Mapping[str, Sequence[int]], workers: int, ranks: int) -> None:
         """Run rows with these seeds, and the rows that they start from, `workers` side by side. Raises ConfigError
-        with the log of a run that fails, when those under way are done."""
+        with the logs of the runs that failed, when all others are done."""
         todo = self._todo(rows, seeds)
         for row in {rows[name] for name, _ in todo}:
             self.config(row)  # a mistake in a config ends it here
         self.folder.mkdir(parents=True, exist_ok=True)
-        total, done, running = len(todo), 0, dict[Future, tuple[str, int]]()
+        total, done, running, failures = len(todo), 0, dict[Future, tuple[str, int]](), list[str]()
         with ThreadPoolExecutor(workers) as threads:
             while todo or running:
                 ready = [one for one in todo if self._can_start(rows, *one)]
                 for name, seed in ready[: workers - len(running)]:
                     todo.remove((name, seed))
                     running[threads.submit(self._run, rows, name, seed, ranks)] = (name, seed)
+                if not running:
+                    failures.append(f"{len(todo)} runs have no cold start to begin with: it failed")
+                    break
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     name, seed = running.pop(future)
-                    if failure := future.exception():
-                        todo.clear()
-                        wait(running)
-                        raise failure
+                    try:
+                        record = future.result()
+                    except ConfigError as error:
+                        failures.append(str(error))
+                        print(f"{self.name(name, seed)} failed", flush=True)
+                        continue
                     done += 1
-                    waiting = [*todo, *running.values()]
-                    left = self._seconds(rows, waiting) / workers
-                    print(f"{done} of {total}: {_brief(future.result())}; about {_clock(left)} left", flush=True)
+                    left = self._seconds(rows, [*todo, *running.values()]) / workers
+                    print(f"{done} of {total}: {_brief(record)}; about {_clock(left)} left", flush=True)
+        if failures:
+            raise ConfigError("\n\n".join(failures))
 
     def _todo(self, rows: Mapping[str, Row], seeds: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
         """List the runs without a record, by seed; before them the cold starts that they lack."""
@@ -151,24 +164,21 @@ class Lab:
     def _run(self, rows: Mapping[str, Row], name: str, seed: int, ranks: int) -> Record:
         """Run what of a run is missing, and write its record; of one that has it, train what others start from."""
         run, log = Path("runs") / self.name(name, seed), Path("runs") / f"{self.name(name, seed)}.log"
-        done = {"evaluate.py": newest_evaluation, "paper/mechanism.py": lambda run: (run / "mechanism.json").is_file()}
+        end, recorded = self.end(rows, name, seed), self.file(name, seed).is_file()
         run.parent.mkdir(exist_ok=True)
-        recorded = self.file(name, seed).is_file()
         for script, *arguments in self.commands(rows, name, seed)[: 1 if recorded else None]:
-            if script in done and done[script](run):
+            if _is_made(script, run, end):
                 continue
             alone = ranks == 1 or script in ONE_RANK
             launcher = [sys.executable] if alone else [*TORCHRUN, f"--nproc_per_node={ranks}"]
             with log.open("a") as out:
                 environment = {"OMP_NUM_THREADS": "1"} | os.environ
                 ended = subprocess.run([*launcher, ROOT / script, *arguments], env=environment, stdout=out, stderr=out)
-            if ended.returncode:
+            if not _is_made(script, run, end):  # it failed, or was told to stop, which is none
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
                 raise ConfigError(f"{script} of {run.name} ended with {ended.returncode}; the end of {log}:\n{tail}")
         if not recorded:
-            partial = self.file(name, seed).with_suffix(".partial")
-            partial.write_text(json.dumps({"row": name, "seed": seed} | make_record(run), indent=1))
-            os.replace(partial, self.file(name, seed))
+            write_json(self.file(name, seed), {"row": name, "seed": seed} | make_record(run, end))
         return self.records(rows)[name][seed]
 
     def _seconds(self, rows: Mapping[str, Row], runs: Iterable[tuple[str, int]]) -> float:
@@ -187,13 +197,23 @@ class Lab:
         return found
 
 
-def make_record(run: Path) -> Record:
+def _is_made(script: str, run: Path, end: str) -> bool:
+    """Tell whether a script has made what a run ends with: its last checkpoint, or what is measured of that one."""
+    if script == "evaluate.py":
+        return (run / f"eval_{end}.json").is_file()
+    if script == "paper/mechanism.py":
+        file = run / "mechanism.json"
+        return file.is_file() and json.loads(file.read_text())["checkpoint"] == end
+    return (run / "checkpoints" / end).is_dir()
+
+
+def make_record(run: Path, end: str) -> Record:
     """Gather what is kept of a run: success and behaviour by level, which games were won, curves, mechanism, time.
 
-    `won` has a digit per game, by task type, in the order of the level's fixed list: how often it was won of `plays`.
-    `verbs` has the share of a type's evaluation episodes, on all levels, in which an action begins with a word.
+    `end` is the name of its last checkpoint. `won` has a digit per game, by task type, in the order of the level's
+    fixed list: how often it was won of `plays`. `games` is a digest of these lists.
     """
-    evaluation = newest_evaluation(run)
+    evaluation = run / f"eval_{end}.json"
     found = json.loads(evaluation.read_text())
     keys = ("success", "low", "high", "n", "mean_steps", "invalid", "unavailable", "repeats")
     levels = {
@@ -202,12 +222,14 @@ def make_record(run: Path) -> Record:
         for level, one in found["levels"].items()
     }
     record: Record = {"levels": levels, "plays": found["seeds"], "guidelines": found["guidelines"]}
-    record["verbs"] = count_verbs(evaluation.with_name(f"{evaluation.stem}_episodes.jsonl.gz"))
+    with gzip.open(evaluation.with_name(f"eval_{end}_episodes.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        episodes = [json.loads(line) for line in lines]
+    record["games"] = hashlib.sha256(" ".join(sorted(one["task"]["id"] for one in episodes)).encode()).hexdigest()[:12]
+    record["cooling"] = count_cooling(episodes)
     record["seconds"] = found["seconds"]
     if (run / "metrics.jsonl").is_file():
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         record["seconds"] += sum(line["time/total"] for line in lines)
-        record["iterations"] = len(lines)
         record["curve"] = [round(line[TRAINING[0]], 4) for line in lines if TRAINING[0] in line]
         late = {key: [line[key] for line in lines[-LATE:] if key in line] for key in TRAINING}
         record["late"] = {key: float(np.mean(values)) for key, values in late.items() if values}
@@ -218,18 +240,27 @@ def make_record(run: Path) -> Record:
     return record
 
 
-def count_verbs(file: Path) -> dict[str, dict[str, float]]:
-    """Compute the share of episodes of each task type in which some action begins with a word, if 1 % or more."""
-    episodes, having = Counter[str](), defaultdict[str, Counter[str]](Counter)
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        for episode in map(json.loads, lines):
-            kind = episode["task"]["type"]
-            episodes[kind] += 1
-            having[kind].update({(step["action"] or "-").split()[0] for step in episode["steps"]})
-    return {
-        kind: {verb: round(count / total, 4) for verb, count in sorted(having[kind].items()) if count >= 0.01 * total}
-        for kind, total in sorted(episodes.items())
-    }
+def count_cooling(episodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Compute in which share of the episodes of COOL something of the kind that the task names is cooled, is heated, is
+    cleaned, is heated or cleaned. Where there are no such episodes it is empty."""
+    acts: list[set[str]] = []  # of each episode
+    for episode in episodes:
+        if episode["task"]["type"] == COOL:
+            kind = episode["task"]["id"].partition(f"{COOL}-")[2].split("-")[0].lower()
+            actions = [(step["action"] or "").split() for step in episode["steps"]]
+            acts.append({words[0] for words in actions if words[1:2] == [kind]})
+    if not acts:
+        return {}
+    found = {f"{verb}ed": np.array([verb in own for own in acts]) for verb in ("cool", "heat", "clean")}
+    found["heated or cleaned"] = found["heated"] | found["cleaned"]
+    return {key: round(float(had.mean()), 4) for key, had in found.items()}
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, file)
 
 
 def _brief(record: Record) -> str:
@@ -254,6 +285,16 @@ def shares(records: Mapping[int, Record], level: str, seeds: Sequence[int] = (),
         won = record["levels"][level]["won"]
         lines.append([int(digit) / record["plays"] for digit in (won[kind] if kind else "".join(won.values()))])
     return np.array(lines)
+
+
+def gain(
+    ours: Mapping[int, Record], plain: Mapping[int, Record], seeds: Sequence[int], level: str, kind: str = ""
+) -> np.ndarray:
+    """Compute by what ours wins a level's games, or those of a task type, more often: float64 [seeds, games]. Raises
+    ConfigError where the rows were not evaluated on the same games."""
+    if len({row[seed]["games"] for row in (ours, plain) for seed in seeds}) > 1:
+        raise ConfigError(f"the records of {ours[seeds[0]]['row']} and {plain[seeds[0]]['row']} are of different games")
+    return shares(ours, level, seeds, kind) - shares(plain, level, seeds, kind)
 
 
 def interval(*values_SG: np.ndarray) -> list[float]:

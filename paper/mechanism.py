@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import sys
 import time
@@ -30,6 +29,7 @@ from model import load_model
 from paper import behaviour, geometry
 from paper.behaviour import Missing, Numbers, Subject
 from paper.figures import for_panels, load_run
+from paper.lab import write_json
 
 MEASURES = (
     geometry.coupling_gaps,
@@ -84,9 +84,10 @@ def main() -> None:
     envs.check_teacher(config.env)
     init_distributed(config)
     began = time.monotonic()
-    levels = measure(config, arguments.start, str(arguments.run / "checkpoints" / "latest"))
-    found = {"levels": levels, "seconds": time.monotonic() - began}
-    (arguments.run / "mechanism.json").write_text(json.dumps(found, indent=1))
+    checkpoint = (arguments.run / "checkpoints" / "latest").resolve()
+    levels = measure(config, arguments.start, str(checkpoint))
+    found = {"checkpoint": checkpoint.name, "levels": levels, "seconds": time.monotonic() - began}
+    write_json(arguments.run / "mechanism.json", found)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 
 Every row trains once, on the task types that are not held out, and is evaluated on all three levels: L0 and L1 are
 games of these types, L2 is games of the held-out ones.  (The paper trains once more, on all types, for L0 and L1.)  A
-row with GCD and its plain one are paired: same cold start, games and sampling seeds.  Records, table1.md, .json, .html
-and two pictures go to docs/<prefix>.
+row with GCD and its plain one are paired: same cold start, games and sampling seeds.  Two more rows are compared with
+GRPO: GCD as in the paper, and a control whose judge is trained with labels dealt out at random.  Records, table1.md,
+.json, .html and two pictures go to docs/<prefix>.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from matplotlib import pyplot
 
 import envs
 from config import LEVELS, ConfigError
-from paper.lab import COOL, Lab, Record, Row, interval, interval_over_seeds, shares
+from paper.lab import Lab, Record, Row, gain, interval, interval_over_seeds, shares
 
 ROWS = {
     "vanilla": Row("Vanilla", "sft", script=""),
@@ -47,6 +48,8 @@ ROWS = {
     "ppo_gcd": Row("with GCD", "ppo_gcd", "sft"),
     "grpo": Row("GRPO", "grpo", "sft"),
     "gcd": Row("with GCD", "gcd", "sft"),
+    "gcd_paper": Row("with GCD as in the paper", "gcd_paper", "sft"),
+    "gcd_random": Row("with random labels", "gcd_random", "sft"),
     "gigpo": Row("GiGPO", "gigpo", "sft"),
     "gigpo_gcd": Row("with GCD", "gigpo_gcd", "sft"),
     "rlvmr": Row("RLVMR", "rlvmr", "sft_rlvmr"),
@@ -54,11 +57,14 @@ ROWS = {
     "base_grpo": Row("GRPO, no cold start", "grpo", "vanilla"),
     "base_gcd": Row("with GCD", "gcd", "vanilla"),
 }
-PAIRS = (("gcd", "grpo"), ("gigpo_gcd", "gigpo"), ("rlvmr_gcd", "rlvmr"), ("ppo_gcd", "ppo"), ("base_gcd", "base_grpo"))
-PRIMARY = ("gcd", "grpo"), "L2"
-SEEDS = {name: range(3) for name in ROWS} | {name: range(8) for name in ("sft", "grpo", "gcd")} | {"vanilla": range(1)}
+METHODS = {"gcd": "grpo", "gigpo_gcd": "gigpo", "rlvmr_gcd": "rlvmr", "ppo_gcd": "ppo", "base_gcd": "base_grpo"}
+PAIRS = METHODS | {"gcd_paper": "grpo", "gcd_random": "grpo"}  # a row -> the plain one that it is compared with
+PRIMARY = "gcd", "L2"
+PAPER_ODDS = (0.815 / 0.185) / (0.697 / 0.303)  # of winning L2, GRPO with GCD over GRPO: Table 1, Qwen2.5-1.5B
+# None of these chose the dose, which 0 to 2 did.
+SEEDS = {name: range(10, 13) for name in ROWS} | {name: range(10, 18) for name in ("sft", "grpo", "gcd")}
+SEEDS["vanilla"] = range(10, 11)  # its other seeds would be the same model
 COLUMNS = {level: (level,) for level in LEVELS} | {"mean": LEVELS}
-VERBS = ("cool", "heat", "clean")  # what can be done in games of COOL, rightly and wrongly
 
 
 def main() -> None:
@@ -86,7 +92,7 @@ def main() -> None:
     records = {name: found for name, found in lab.records(rows).items() if found}
     results = summarise(records)
     write(results, lab.folder)
-    print(*map(aligned, tables(results)), lab.folder / "table1.html", sep="\n\n")
+    print(*map(aligned, tables(results)), *verdict(results), lab.folder / "table1.html", sep="\n\n")
 
 
 def make_lab(prefix: str, settings: Sequence[str]) -> tuple[Lab, dict[str, Row]]:
@@ -108,24 +114,21 @@ def make_lab(prefix: str, settings: Sequence[str]) -> tuple[Lab, dict[str, Row]]
 
 
 def summarise(records: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
-    """Compute the table: success of every row by column, [estimate, low, high]; what GCD changes in each pair; what is
-    done in games of "cool"; and mechanism, with what it correlates."""
+    """Compute the table: success of every row by column, [estimate, low, high]; what is changed in each pair, and by
+    GCD in all methods on the seeds that they share; and mechanism, with what it correlates."""
     found: dict[str, Any] = {"seeds": {name: sorted(own) for name, own in records.items()}}
     found["rows"] = {name: by_column({level: shares(own, level) for level in LEVELS}) for name, own in records.items()}
     pairs = {
-        f"{ours} - {plain}": (records[ours], records[plain])
-        for ours, plain in PAIRS
+        ours: (records[ours], records[plain])
+        for ours, plain in PAIRS.items()
         if records.get(ours, {}).keys() & records.get(plain, {}).keys()
     }
     found["pairs"] = {name: compare(*pair) for name, pair in pairs.items()}
-    if seeds := sorted(set.intersection(*(set(one["seeds"]) for one in found["pairs"].values())) if pairs else ()):
-        gains = {level: np.mean([gain(*pair, seeds, level) for pair in pairs.values()], axis=0) for level in LEVELS}
-        found["together"] = by_column(gains) | {"seeds": seeds}
-    found["verbs"] = {
-        name: {verb: float(np.mean([one["verbs"][COOL].get(verb, 0.0) for one in own.values()])) for verb in VERBS}
-        for name, own in records.items()
-        if all(COOL in one["verbs"] for one in own.values())
-    }
+    methods = [name for name in METHODS if name in pairs]
+    seeds = sorted(set.intersection(*(set(found["pairs"][name]["seeds"]) for name in methods)) if methods else ())
+    if seeds:
+        gains = {level: np.mean([gain(*pairs[name], seeds, level) for name in methods], axis=0) for level in LEVELS}
+        found["together"] = by_column(gains) | {"seeds": seeds, "methods": methods}
     found["mechanism"] = {
         name: {level: {key: float(values.mean()) for key, values in mechanism(own, level).items()} for level in LEVELS}
         for name, own in records.items()
@@ -139,15 +142,8 @@ def by_column(value_SG: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
     return {column: interval(*(value_SG[level] for level in levels)) for column, levels in COLUMNS.items()}
 
 
-def gain(
-    ours: Mapping[int, Record], plain: Mapping[int, Record], seeds: Sequence[int], level: str, kind: str = ""
-) -> np.ndarray:
-    """Compute by what ours wins a level's games, or those of a task type, more often: float64 [seeds, games]."""
-    return shares(ours, level, seeds, kind) - shares(plain, level, seeds, kind)
-
-
 def compare(ours: Mapping[int, Record], plain: Mapping[int, Record]) -> dict[str, Any]:
-    """Compute what GCD changes over the seeds that both rows of a pair have: success, on L2 also by task type, and by
+    """Compute what ours changes over the seeds that both rows of a pair have: success, on L2 also by task type, and by
     level what mechanism() lists: [estimate, low, high]."""
     seeds = sorted(ours.keys() & plain.keys())
     changed: dict[str, dict[str, list[float]]] = {}
@@ -165,19 +161,20 @@ def compare(ours: Mapping[int, Record], plain: Mapping[int, Record]) -> dict[str
 
 def mechanism(own: Mapping[int, Record], level: str) -> dict[str, np.ndarray]:
     """List what was measured of a row's runs on a level, a value per seed that has it: mechanism.py's numbers, repeats,
-    and what training logged at its end."""
+    what training logged at its end, and on L2 what is done in games of "cool"."""
     found: dict[str, list[float]] = {"repeats": [one["levels"][level]["repeats"] for one in own.values()]}
     for one in own.values():
         measured = one.get("mechanism", {}).get(level, {})
         numbers = {key: value[0] for key, value in measured.items() if key != "missing" and value}
-        for key, value in (numbers | one.get("late", {})).items():
+        done = one["cooling"] if level == "L2" else {}
+        for key, value in (numbers | one.get("late", {}) | done).items():
             found.setdefault(key, []).append(value)
     return {key: np.array(values) for key, values in found.items()}
 
 
 def gap_and_success(records: Mapping[str, Mapping[int, Record]], level: str) -> dict[str, Any]:
     """Set a level's success beside what training did to its coupling gap (cosine, end less start), a point per run of
-    RL; and correlate them, over all runs and within rows: [r, low, high], 95 % of bootstraps over runs."""
+    RL; and correlate them, over all runs and within rows, where methods differ in nothing: [r, low, high]."""
     points = [
         (name, seed, one["mechanism"][level]["cos"][0] - one["mechanism"][level]["cos at the start"][0], one)
         for name, own in records.items()
@@ -196,7 +193,7 @@ def gap_and_success(records: Mapping[str, Mapping[int, Record]], level: str) -> 
     for name in set(found["row"]):
         within_N2[row_N == name] -= within_N2[row_N == name].mean(0)
     if len(points) > 3:
-        found["r"], found["r within rows"] = correlation(value_N2), correlation(within_N2)
+        found |= {"r": correlation(value_N2, found["seed"]), "r within rows": correlation(within_N2, found["seed"])}
     return found
 
 
@@ -204,12 +201,14 @@ def _has_gaps(found: Mapping[str, Any]) -> bool:
     return all(found.get(key) for key in ("cos", "cos at the start"))
 
 
-def correlation(value_N2: np.ndarray) -> list[float]:
-    """Compute Pearson's r of two columns: [r, low, high], 95 % of bootstraps over rows."""
-    rng, runs = np.random.default_rng(0), len(value_N2)
-    drawn = [value_N2[rng.integers(runs, size=runs)] for _ in range(2000)]
+def correlation(value_N2: np.ndarray, seeds: Sequence[int]) -> list[float]:
+    """Compute Pearson's r of two columns: [r, low, high], 95 % of bootstraps over the runs' seeds, for runs of a seed
+    share their cold start."""
+    rng, seed_N = np.random.default_rng(0), np.array(seeds)
+    runs = [np.flatnonzero(seed_N == seed) for seed in sorted(set(seeds))]
+    drawn = [np.concatenate([runs[one] for one in rng.integers(len(runs), size=len(runs))]) for _ in range(2000)]
     with np.errstate(invalid="ignore"):
-        values = [np.corrcoef(one.T)[0, 1] for one in drawn]
+        values = [np.corrcoef(value_N2[one].T)[0, 1] for one in drawn]
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return [float(np.corrcoef(value_N2.T)[0, 1]), float(low), float(high)]
 
@@ -217,16 +216,21 @@ def correlation(value_N2: np.ndarray) -> list[float]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables, pictures, page
 
-MECHANISM = {  # column of the mechanism's table -> its key
+MECHANISM = {  # column of a table -> its key
     "coupling gap, cosine": "cos",
     "by tokens": "mean_src",
     "judge, balanced accuracy": "balanced accuracy",
     "good actions taken again": "start panel good",
     "flawed ones": "start panel flawed",
     "repeats": "repeats",
-    "rising flawed actions": "coupling/flawed_rising",
-    "in the danger zone": "coupling/flawed_in_danger",
 }
+LATE = {
+    "success": "rollout/success",
+    "flawed actions rising by others": "coupling/flawed_rising",
+    "in the danger zone": "coupling/flawed_in_danger",
+    "judge, balanced accuracy": "judge/balanced_accuracy",
+}
+COOLING = {f"{what} it": what for what in ("cooled", "heated", "cleaned", "heated or cleaned")}
 
 
 def success_table(results: Mapping[str, Any]) -> list[list[str]]:
@@ -238,67 +242,77 @@ def success_table(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def difference_table(results: Mapping[str, Any]) -> list[list[str]]:
-    """Lay out what GCD adds to each method, and to all of them on the seeds that all have, in points with intervals."""
-    shown = {ROWS[key.split(" - ")[1]].title: cells for key, cells in results["pairs"].items()}
-    if len(shown) > 1 and "together" in results:
-        shown[f"these {len(shown)}, averaged"] = results["together"]
-    lines = [["GCD adds to", *COLUMNS, "seeds"]]
+    """Lay out what each pair changes, and GCD in all methods on the seeds that they share, in points with intervals."""
+    shown = {full_title(name): cells for name, cells in results["pairs"].items()}
+    if len(results["together"]["methods"] if "together" in results else ()) > 1:
+        shown[f"{len(results['together']['methods'])} methods with GCD, averaged"] = results["together"]
+    lines = [["minus the plain row", *COLUMNS, "seeds"]]
     for title, cells in shown.items():
         lines.append([title, *(_percent(cells[one], sign=True) for one in COLUMNS), str(len(cells["seeds"]))])
     return lines
 
 
 def types_table(results: Mapping[str, Any]) -> list[list[str]]:
-    """Lay out what GCD adds to each method on L2's task types, in points with intervals."""
+    """Lay out what each pair changes on L2's task types, in points with intervals."""
     kinds = sorted({kind for cells in results["pairs"].values() for kind in cells["L2 by type"]})
-    lines = [["on L2, GCD adds to", *kinds]]
-    for key, cells in results["pairs"].items():
-        own = cells["L2 by type"]
-        lines.append([ROWS[key.split(" - ")[1]].title, *(_percent(own[kind], sign=True) for kind in kinds)])
-    return lines
-
-
-def verbs_table(results: Mapping[str, Any]) -> list[list[str]]:
-    """Lay out in how many of the games of "cool", in percent, an agent cools, heats or cleans something."""
-    lines = [['in games of "cool"', *VERBS]]
-    for name, found in results["verbs"].items():
-        lines.append([full_title(name), *(f"{100 * found[verb]:.0f}" for verb in VERBS)])
-    return lines
-
-
-def mechanism_table(results: Mapping[str, Any], level: str) -> list[list[str]]:
-    """Lay out what training did to the models, on a level, means over seeds; and what GCD changes of it."""
-    lines = [[level, *MECHANISM]]
-    for name, found in results["mechanism"].items():
-        values = [found[level].get(key) for key in MECHANISM.values()]
-        if sum(value is not None for value in values) > 1:
-            lines.append([full_title(name), *("" if value is None else f"{value:.3f}" for value in values)])
+    lines = [["minus the plain row, on L2", *kinds]]
     for name, cells in results["pairs"].items():
-        found = [cells["mechanism"][level].get(key) for key in MECHANISM.values()]
-        title = f"GCD changes {ROWS[name.split(' - ')[1]].title} by"
-        lines.append([title, *(_change(value) if value else "" for value in found)])
+        lines.append([full_title(name), *(_percent(cells["L2 by type"][kind], sign=True) for kind in kinds)])
     return lines
+
+
+def mechanism_table(results: Mapping[str, Any], level: str, title: str, columns: Mapping[str, str]) -> list[list[str]]:
+    """Lay out numbers of mechanism(): every row's means over seeds, then what each pair changes, with intervals."""
+    lines = [[title, *columns]]
+    for name, found in results["mechanism"].items():
+        lines.append(
+            [full_title(name), *(f"{found[level][key]:.3f}" if key in found[level] else "" for key in columns.values())]
+        )
+    for name, cells in results["pairs"].items():
+        found = cells["mechanism"][level]
+        values = (_change(found[key]) if key in found else "" for key in columns.values())
+        lines.append([f"{full_title(name)}, minus the plain row", *values])
+    return [line for line in lines if any(line[1:])]
 
 
 def full_title(name: str) -> str:
     """Name a row where the plain one does not stand above it: "GRPO with GCD"."""
-    plain = dict(PAIRS).get(name)
-    return f"{ROWS[plain].title} {ROWS[name].title}" if plain else ROWS[name].title
+    return f"{ROWS[PAIRS[name]].title} {ROWS[name].title}" if name in PAIRS else ROWS[name].title
 
 
 def tables(results: Mapping[str, Any]) -> list[list[list[str]]]:
-    """Lay out success, differences, L2 by task type and what is done there, as far as there are runs of it."""
-    made = [make(results) for make in (success_table, difference_table, types_table, verbs_table)]
+    """Lay out success, what pairs change, also by L2's task types, and what is done in games of "cool": as far as there
+    are runs of it."""
+    made = [success_table(results), difference_table(results), types_table(results)]
+    made.append(mechanism_table(results, "L2", 'share of the games of "cool"', COOLING))
     return [table for table in made if len(table) > 1]
 
 
+def verdict(results: Mapping[str, Any]) -> list[str]:
+    """Say what the primary outcome is by docs/lab.md, in a sentence; none where there are no runs of it."""
+    name, level = PRIMARY
+    if name not in results["pairs"]:
+        return []
+    plain = results["rows"][PAIRS[name]][level][0]
+    odds = PAPER_ODDS * plain / (1 - plain)
+    carried = odds / (1 + odds) - plain
+    cells = results["pairs"][name]
+    _, low, high = cells[level]
+    found = [word for word, holds in (("support", low > 0), ("refutation of that size", high < carried)) if holds]
+    return [
+        f"Primary outcome, {full_title(name)} minus {ROWS[PAIRS[name]].title} on {level}: "
+        f"{_percent(cells[level], sign=True)} points over {len(cells['seeds'])} seeds, where the paper's gain would be "
+        f"{100 * carried:+.1f}: {' and '.join(found) or 'undecided'}."
+    ]
+
+
 def markdown(results: Mapping[str, Any]) -> str:
-    """Write these tables in Markdown."""
+    """Write these tables and the verdict in Markdown."""
     parts = []
     for head, *body in tables(results):
         lines = [head, ["---"] * len(head), *body]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *verdict(results)]) + "\n"
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -317,27 +331,31 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}">'
         for name in ("table1_forest.png", "table1_scatter.png")
     )
-    shown = [*tables(results), *(mechanism_table(results, level) for level in LEVELS)]
+    shown = [*tables(results), mechanism_table(results, "L0", "at the end of training", LATE)]
+    shown += [mechanism_table(results, level, level, MECHANISM) for level in LEVELS]
+    said = "".join(f"<p>{html.escape(sentence)}" for sentence in verdict(results))
     style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
     page = f"<!doctype html><meta charset=utf-8><title>Table 1 in miniature</title><style>{style}</style>"
-    (folder / "table1.html").write_text(page + "<h1>Table 1 in miniature</h1>" + "".join(map(_html, shown)) + pictures)
+    (folder / "table1.html").write_text(
+        page + f"<h1>Table 1 in miniature</h1>{said}{''.join(map(_html, shown))}{pictures}"
+    )
 
 
 def forest(results: Mapping[str, Any], path: Path) -> None:
-    """Draw what GCD adds, pair by pair and level by level; the primary outcome stands out."""
+    """Draw what is changed, pair by pair and level by level; the primary outcome stands out."""
     fig, axis = pyplot.subplots(figsize=(7, 1 + 0.3 * len(LEVELS) * max(1, len(results["pairs"]))))
     labels = []
-    for key, cells in results["pairs"].items():
+    for name, cells in results["pairs"].items():
         for level in LEVELS:
             middle, low, high = (100 * value for value in cells[level])
-            primary = (tuple(key.split(" - ")), level) == PRIMARY
+            primary = (name, level) == PRIMARY
             look = {"color": "C3" if primary else "C0", "marker": "D" if primary else "o", "capsize": 3}
             axis.errorbar(middle, len(labels), xerr=[[middle - low], [high - middle]], **look)
-            labels.append(f"{ROWS[key.split(' - ')[1]].title}, {level}" + " (primary)" * primary)
+            labels.append(f"{full_title(name)}, {level}" + " (primary)" * primary)
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
     axis.axvline(0, color="grey", linewidth=1)
-    axis.set(xlabel="what GCD adds to success, points, 95 %")
+    axis.set(xlabel="success minus the plain row's, points, 95 %")
     fig.tight_layout()
     fig.savefig(path, dpi=150)
     pyplot.close(fig)
@@ -352,8 +370,10 @@ def scatter(results: Mapping[str, Any], path: Path) -> None:
             own = [index for index, row in enumerate(found["row"]) if row == name]
             x, y = ([found[key][index] for index in own] for key in ("gap", "success"))
             axis.scatter(x, y, s=18, color=f"C{number % 10}", marker="os^"[number // 10], label=full_title(name))
-        said = "r = {:.2f} [{:.2f}, {:.2f}]".format(*found["r"]) if "r" in found else ""
-        axis.set(xlabel="change of the coupling gap", ylabel="success", title=f"{level}  {said}")
+        said = "\n".join(
+            "{} = {:.2f} [{:.2f}, {:.2f}]".format(key, *found[key]) for key in ("r", "r within rows") if key in found
+        )
+        axis.set(xlabel="change of the coupling gap", ylabel="success", title=f"{level}\n{said}")
     axes[0].legend(frameon=False, fontsize=6)
     fig.tight_layout()
     fig.savefig(path, dpi=150)

@@ -194,6 +194,13 @@ def test_sampling_depends_on_the_rng_alone() -> None:
     assert chosen(0) == chosen(0) != chosen(1)
 
 
+def test_random_labels_are_dealt_out_among_the_same_steps() -> None:
+    asked = [sample_questions(labelled(20, 20), config_of(random_labels=on), 30, random.Random(0)) for on in (0, 1)]
+    ours, dealt = ({(one.member, one.index): one.label for one in questions} for questions in asked)
+    assert ours.keys() == dealt.keys() and Counter(dealt.values()) == Counter({1: 15, 0: 15})
+    assert 8 < sum(dealt[key] == label for key, label in ours.items()) < 22
+
+
 class Oracle:
     """An engine whose answers are given; it notes what it was asked."""
 

@@ -1,6 +1,5 @@
 """paper/lab.py and table1.py: real runs make records and a table, once; and what their intervals hold."""
 
-import gzip
 import json
 import shutil
 from pathlib import Path
@@ -43,7 +42,7 @@ def test_the_table_and_its_records(folder):
     printed = (folder / "printed.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in printed if "left" in line] == ["1 of 3", "2 of 3", "3 of 3"]
     results = json.loads((folder / "docs" / "tiny" / "table1.json").read_text())
-    assert set(results["rows"]) == set(RUNS) and list(results["pairs"]) == ["base_gcd - base_grpo"]
+    assert set(results["rows"]) == set(RUNS) and list(results["pairs"]) == ["base_gcd"]
     records = {name: json.loads((folder / f"docs/tiny/tiny_{name}_s3.json").read_text()) for name in RUNS}
     for name, record in records.items():
         for level in LEVELS:
@@ -53,8 +52,9 @@ def test_the_table_and_its_records(folder):
             assert found["success"] == pytest.approx(sum(wins) / 4)
             assert results["rows"][name][level][0] == pytest.approx(found["success"])
     ours, plain = (results["rows"][name]["mean"][0] for name in ("base_gcd", "base_grpo"))
-    assert results["pairs"]["base_gcd - base_grpo"]["mean"][0] == pytest.approx(ours - plain)
-    assert len(records["base_gcd"]["curve"]) == records["base_gcd"]["iterations"] == 2
+    assert results["pairs"]["base_gcd"]["mean"][0] == pytest.approx(ours - plain)
+    assert len({record["games"] for record in records.values()}) == 1
+    assert len(records["base_gcd"]["curve"]) == 2
     assert "mechanism" not in records["vanilla"]
     timed = json.loads((folder / "runs" / "tiny_base_gcd_s3" / "mechanism.json").read_text())["seconds"]
     assert 0 < timed < records["base_gcd"]["seconds"]
@@ -80,12 +80,38 @@ def test_what_has_its_record_is_not_run_again(folder):
     assert {file: file.stat().st_mtime_ns for file in (folder / "runs").rglob("*")} == before
 
 
-def test_a_run_that_fails_ends_it_with_its_log(tmp_path, monkeypatch):
+def test_runs_that_fail_are_told_of_when_the_others_are_done(tmp_path, monkeypatch, capsys):
+    """One that was told to stop has failed, though it ends with 0; what starts from one that failed is not run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "x_grpo.yaml").write_text("env: {name: alfworld, data: nowhere}\n")
-    with pytest.raises(ConfigError, match=r"train_rl.py of runs_grpo_s0 ended with .*(?s:.*)nowhere"):
-        Lab("x", Path("runs")).run_all({"grpo": Row("GRPO", "grpo")}, {"grpo": [0]}, workers=1, ranks=1)
+    (tmp_path / "configs" / "x_sft.yaml").write_text("env: {name: alfworld, data: nowhere}\n")
+    shutil.copy(tmp_path / "configs" / "x_sft.yaml", tmp_path / "configs" / "x_grpo.yaml")
+    stops = tmp_path / "stops.py"
+    stops.write_text("print('stopped after 1 of 20 iterations')")
+    rows = {"sft": Row("", "sft", script="train_sft.py"), "grpo": Row("", "grpo", "sft"), "base": Row("", "grpo")}
+    commands = Lab.commands
+
+    def commands_or_stop(self, rows, name, seed):
+        return [[str(stops)]] if name == "base" else commands(self, rows, name, seed)
+
+    monkeypatch.setattr(Lab, "commands", commands_or_stop)
+    with pytest.raises(ConfigError) as raised:
+        Lab("x", Path("runs")).run_all(rows, {"grpo": [0], "base": [0]}, workers=1, ranks=1)
+    first, second, third = str(raised.value).split("\n\n")
+    assert first.startswith("train_sft.py of runs_sft_s0 ended with 2") and "nowhere" in first
+    assert second.startswith(f"{stops} of runs_base_s0 ended with 0") and second.endswith("1 of 20 iterations")
+    assert third == "1 runs have no cold start to begin with: it failed"
+    assert capsys.readouterr().out.splitlines() == ["runs_sft_s0 failed", "runs_base_s0 failed"]
+    assert not list((tmp_path / "runs").glob("*.json"))
+
+
+def test_what_is_measured_of_an_earlier_checkpoint_is_measured_again(tmp_path):
+    (tmp_path / "checkpoints" / "000020").mkdir(parents=True)
+    (tmp_path / "eval_000012.json").write_text("{}")
+    (tmp_path / "mechanism.json").write_text(json.dumps({"checkpoint": "000012"}))
+    scripts = ("train_rl.py", "evaluate.py", "paper/mechanism.py")
+    assert [lab._is_made(script, tmp_path, "000020") for script in scripts] == [True, False, False]
+    assert [lab._is_made(script, tmp_path, "000012") for script in scripts] == [False, True, True]
 
 
 def test_cold_starts_come_first_and_others_start_from_them(tmp_path, monkeypatch):
@@ -106,15 +132,16 @@ def test_cold_starts_come_first_and_others_start_from_them(tmp_path, monkeypatch
 
 
 def test_rows_are_paired_and_have_configs():
-    for ours, plain in table1.PAIRS:
+    for ours, plain in table1.PAIRS.items():
         assert table1.ROWS[ours].start == table1.ROWS[plain].start
-        assert list(table1.SEEDS[ours]) == list(table1.SEEDS[plain])
+        assert set(table1.SEEDS[ours]) <= set(table1.SEEDS[plain])
     made, rows = table1.make_lab("lab", ())
     assert rows == table1.ROWS
     for row in [*table1.ROWS.values(), *dose.ROWS.values()]:
         loaded, plain = made.config(row), row.script == "train_rl.py" and "gcd" not in row.config
         assert loaded.judge.enabled != plain
-        assert bool(loaded.guidelines.every) == ("guidelines.every=5" in row.overrides)
+        assert bool(loaded.guidelines.every) == (row.config == "gcd_paper" or "guidelines.every=5" in row.overrides)
+        assert loaded.judge.random_labels == (row.config == "gcd_random")
 
 
 @pytest.mark.parametrize(("prefix", "settings"), [("lab", ()), ("qwen7b", ("env.name=scienceworld",))])
@@ -130,15 +157,22 @@ def test_one_training_serves_all_levels(prefix, settings):
 # ---- Statistics
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.03), (3, 0.08), (5, 0.03), (5, 0.08)])
-def test_intervals_hold_the_truth(seeds, spread, monkeypatch):
-    """Games of different difficulty, seeds of different luck: how often do 95 % intervals hold the mean?"""
+@pytest.mark.parametrize(
+    ("seeds", "games", "spread", "paired"),
+    [(3, 200, 0.0, False), (3, 200, 0.03, False), (3, 200, 0.08, False), (5, 200, 0.08, False), (8, 900, 0.02, True)],
+)
+def test_intervals_hold_the_truth(seeds, games, spread, paired, monkeypatch):
+    """Games of different difficulty, seeds of different luck: how often do 95 % intervals hold the mean? Paired: of the
+    difference of two runs of each seed that are equally good."""
     monkeypatch.setattr(lab, "RESAMPLES", 400)
-    rng, held = np.random.default_rng(0), []
-    for _ in range(300):
-        chance_SG = rng.beta(1, 3, 200) + rng.normal(0, spread, (seeds, 1))
-        estimate, low, high = interval((rng.random((seeds, 200)) < chance_SG).astype(float))
-        held.append(low <= 0.25 <= high and low <= estimate <= high)
+    rng, held, truth = np.random.default_rng(0), [], 0.0 if paired else 0.25
+    for _ in range(100 if paired else 300):
+        chance_SG = rng.beta(1, 3, games) + rng.normal(0, spread, (seeds, 1))
+        values_SG = (rng.random((seeds, games)) < chance_SG).astype(float)
+        if paired:
+            values_SG -= rng.random((seeds, games)) < chance_SG + rng.normal(0, spread, (seeds, 1))
+        estimate, low, high = interval(values_SG)
+        held.append(low <= truth <= high and low <= estimate <= high)
     assert np.mean(held) > 0.92, np.mean(held)
 
 
@@ -159,45 +193,72 @@ def test_shares_are_by_seed_and_game():
     assert shares(records, "L2", kind="cool").tolist() == [[0.5, 0], [0, 1]]
 
 
-def test_verbs_are_counted_by_episode(tmp_path):
-    def line(kind: str, *actions: str) -> str:
-        return json.dumps({"task": {"type": kind}, "steps": [{"action": action} for action in actions]})
+def test_what_is_done_in_games_of_cool_is_counted_by_episode():
+    def episode(kind: str, *actions: str) -> dict:
+        task = {"type": kind, "id": f"valid_unseen/{kind}-Apple-None-Fridge-10/trial_1"}
+        return {"task": task, "steps": [{"action": action} for action in actions]}
 
-    with gzip.open(tmp_path / "episodes", "wt") as out:
-        cool = lab.COOL
-        lines = [line(cool, "heat a", "heat b", ""), line(cool, "cool a", "look"), line("two", "look"), line(cool)]
-        out.write("\n".join([*lines, *[line("two", "go to x")] * 200]))
-    found = lab.count_verbs(tmp_path / "episodes")
+    heats = episode(lab.COOL, "heat apple 1 with microwave 1", "heat apple 1 with microwave 1", "", None)
+    cools = episode(lab.COOL, "cool apple 2 with fridge 1", "clean apple 2 with sinkbasin 1", "heat")
+    others = episode(lab.COOL, "heat mug 1 with microwave 1"), episode("pick_two", "cool apple 1 with fridge 1")
+    found = lab.count_cooling([heats, cools, *others])
     third = pytest.approx(1 / 3, abs=1e-4)
-    assert found == {cool: {"-": third, "cool": third, "heat": third, "look": third}, "two": {"go": 0.995}}
-    rows = {"grpo": {"cool": 0.25, "heat": 0.5, "clean": 0.125}}
-    assert table1.verbs_table({"verbs": rows})[1:] == [["GRPO", "25", "50", "12"]]
+    assert found == {"cooled": third, "heated": third, "cleaned": third, "heated or cleaned": pytest.approx(0.6667)}
+    assert lab.count_cooling(others[1:]) == {}
 
 
-def test_pairs_are_compared_on_the_seeds_that_all_have():
-    def record(won: str, cos: float) -> dict:
-        level = {"won": {"cool": won}, "repeats": 0.5, "success": won.count("1") / 4}
-        mechanism = {"cos": [cos, 0, 1], "cos at the start": [0.0, 0, 0]}
-        measured = {level: mechanism for level in LEVELS}
-        return {"levels": dict.fromkeys(LEVELS, level), "plays": 1, "verbs": {}, "mechanism": measured}
+def record(won: str = "1000", cos: float = 0.1, games: str = "") -> dict:
+    level = {"won": {"cool": won}, "repeats": 0.5, "success": won.count("1") / 4}
+    measured = {"cos": [cos, 0, 1], "cos at the start": [0.05, 0, 0]}
+    levels = dict.fromkeys(LEVELS, level)
+    found = {"row": "some", "levels": levels, "plays": 1, "games": games, "mechanism": dict.fromkeys(LEVELS, measured)}
+    return found | {"cooling": {"heated": cos, "cooled": 0.5}, "late": {"rollout/success": 0.5}}
 
-    plain = {seed: record("1000", 0.1) for seed in range(3)}
+
+def test_pairs_are_compared_on_the_seeds_that_both_or_all_have():
+    plain = {seed: record() for seed in range(3)}
     ours = {seed: record("1110", 0.1 + 0.1 * seed) for seed in range(2)}
     records = {"grpo": plain, "gcd": ours | {2: record("1111", 0.4)}, "gigpo": plain, "gigpo_gcd": ours}
     results = table1.summarise(records)
-    assert results["pairs"]["gcd - grpo"]["L2"][0] == pytest.approx((0.5 + 0.5 + 0.75) / 3)
-    assert results["pairs"]["gigpo_gcd - gigpo"]["seeds"] == results["together"]["seeds"] == [0, 1]
+    assert results["pairs"]["gcd"]["L2"][0] == pytest.approx((0.5 + 0.5 + 0.75) / 3)
+    assert results["pairs"]["gigpo_gcd"]["seeds"] == results["together"]["seeds"] == [0, 1]
     assert results["together"]["L2"][0] == pytest.approx(0.5)
-    cos = results["pairs"]["gcd - grpo"]["mechanism"]["L1"]["cos"]
-    assert cos[0] == pytest.approx(0.4 / 3) and cos[1:] == pytest.approx([0.4 / 3 - 0.379, 0.4 / 3 + 0.379], abs=1e-3)
-    head, *lines = table1.difference_table(results)
-    assert [line[0] for line in lines] == ["GRPO", "GiGPO", "these 2, averaged"] and len({*map(len, lines)}) == 1
-    assert table1.mechanism_table(results, "L0")[-1][:2] == ["GCD changes GiGPO by", "+0.050 [-0.585, +0.685]"]
+    cos = results["pairs"]["gcd"]["mechanism"]["L1"]["cos"]
+    assert cos == pytest.approx([0.4 / 3, 0.4 / 3 - 0.379, 0.4 / 3 + 0.379], abs=1e-3)
+    _, *lines = table1.difference_table(results)
+    assert [line[0] for line in lines] == ["GRPO with GCD", "GiGPO with GCD", "2 methods with GCD, averaged"]
+    assert len({*map(len, lines)}) == 1
+    head, *lines = table1.mechanism_table(results, "L2", "cool", table1.COOLING)
+    assert head == ["cool", "cooled it", "heated it", "cleaned it", "heated or cleaned it"]
+    assert lines[1] == ["GRPO with GCD", "0.500", "0.233", "", ""]
+    assert lines[-1][2] == "+0.050 [-0.585, +0.685]"
     assert len(results["scatter"]["L0"]["gap"]) == 11
+    ours[0] = record(games="others")
+    with pytest.raises(ConfigError, match="different games"):
+        table1.summarise(records)
+
+
+def test_what_the_primary_outcome_says():
+    """The paper's odds ratio carries its 11.8 points from 69.7 % over to other levels: 7.3 from 9.6 %."""
+
+    def said(low: float, high: float) -> str:
+        cells = {"L2": [(low + high) / 2, low, high], "seeds": [10, 11]}
+        results = {"rows": {"grpo": {"L2": [0.096]}}, "pairs": {"gcd": cells}}
+        (sentence,) = table1.verdict(results)
+        return sentence.split("over 2 seeds, ")[1]
+
+    assert said(0.01, 0.05) == "where the paper's gain would be +7.3: support and refutation of that size."
+    assert said(-0.01, 0.05).endswith(": refutation of that size.")
+    assert said(0.01, 0.08).endswith(": support.")
+    assert said(-0.01, 0.08).endswith(": undecided.")
+    assert table1.verdict({"pairs": {}}) == []
 
 
 def test_correlation():
-    x = np.arange(20.0)
-    assert table1.correlation(np.array([x, 2 * x + 1]).T)[0] == pytest.approx(1)
-    r, low, high = table1.correlation(np.random.default_rng(0).normal(size=(200, 2)))
+    x, seeds = np.arange(20.0), [*range(10)] * 2
+    assert table1.correlation(np.array([x, 2 * x + 1]).T, seeds)[0] == pytest.approx(1)
+    r, low, high = table1.correlation(np.random.default_rng(0).normal(size=(200, 2)), [*range(200)])
     assert low < 0 < high and abs(r) < 0.2
+    twice = np.repeat(np.random.default_rng(0).normal(size=(50, 2)), 2, axis=0)  # runs of a seed that are alike
+    widths = [np.diff(table1.correlation(twice, own)[1:])[0] for own in (np.arange(100), np.repeat(np.arange(50), 2))]
+    assert widths[1] > 1.2 * widths[0]
