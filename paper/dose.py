@@ -34,7 +34,8 @@ from paper.lab import COOL, Lab, Record, Row, gain, interval, shares
 
 GAMES = ("env.data=data/lab_dev_games", "eval.games=300")
 EPISODES = Path("data/lab_dev_episodes.jsonl")  # the cold start's, without judged steps
-JUDGE_FIRST = (f"sft.data={EPISODES}", "sft.judge_examples=2000", "sft.episodes=3000")
+STEEP = ("sft.lr=1e-3",)  # of the cold start: with it most doses were compared, before it was found to cost L2
+JUDGE_FIRST = (*STEEP, f"sft.data={EPISODES}", "sft.judge_examples=2000", "sft.episodes=3000")
 SMALL = ("judge.weight=0.1", "judge.questions=16")
 DOSE = ("judge.weight=1", "judge.questions=64")
 SPREAD = ("judge.weight=1", "judge.questions=128", "judge.group_size=2")
@@ -54,7 +55,7 @@ def gcd(title: str, *overrides: str, start: str = "sft") -> Row:
 
 
 ROWS = {
-    "sft": Row("cold start", "sft", script="train_sft.py"),
+    "sft": Row("cold start", "sft", overrides=STEEP, script="train_sft.py"),
     "plain": Row("GRPO", "grpo", "sft"),
     "small": gcd("co-training: weight 0.1, 16 x 4", *SMALL, *RULES),
     "dose": gcd("co-training: weight 1, 64 x 4", *DOSE, *RULES),
@@ -79,15 +80,18 @@ ROWS = {
         *GUIDED,
         *ALL_WEIGHTS,
     ),
-    "rank_sft": Row("cold start, adapter of rank 32", "sft", overrides=RANK, script="train_sft.py"),
+    "rank_sft": Row("cold start, adapter of rank 32", "sft", overrides=(*STEEP, *RANK), script="train_sft.py"),
     "rank_plain": Row("GRPO, rank 32", "grpo", "rank_sft", RANK),
     "rank_flawed": gcd("rank 32, weight 1, 64 x 4, negatives", *DOSE, *FLAWED, *RANK, start="rank_sft"),
-    "large_sft": Row("cold start, 2.8 million parameters", "sft", overrides=LARGE, script="train_sft.py"),
+    "large_sft": Row("cold start, 2.8 million parameters", "sft", overrides=(*STEEP, *LARGE), script="train_sft.py"),
     "large_plain": Row("GRPO, 2.8 million parameters", "grpo", "large_sft"),
     "large_flawed": gcd("2.8 million, weight 1, 64 x 4, negatives", *DOSE, *FLAWED, start="large_sft"),
+    "gentle_sft": Row("cold start at half the rate", "sft", script="train_sft.py"),
+    "gentle_plain": Row("GRPO after this", "grpo", "gentle_sft"),
+    "gentle_flawed": gcd("weight 1, 64 x 4, negatives, after this", *DOSE, *FLAWED, start="gentle_sft"),
 }
 PLAIN = {name: "plain" for name, row in ROWS.items() if row.config == "gcd"}  # what a row with GCD is compared with
-PLAIN |= {f"{what}_flawed": f"{what}_plain" for what in ("judge", "long", "rank", "large")} | {
+PLAIN |= {f"{what}_flawed": f"{what}_plain" for what in ("judge", "long", "rank", "large", "gentle")} | {
     "all_weight_1": "all_plain"
 }
 PANELS = (*(f"success, {level}" for level in LEVELS), "cool, L2", "cools, L2", "repeats, L2", "judge, L0", "judge, L2")
