@@ -6,8 +6,8 @@
 
 GRPO from one cold start (another where the row says so) on games that are in none of the table's lists.  Each row
 changes what its name says ("64 x 4": questions an iteration, answers each).  Picture and JSON show success by level; of
-"cool" alone, with the share of its games in which what should be cooled is; repeats; the judge's accuracy, which is by
-the row's own labels: those with the expert's negatives are harder to guess.
+"cool" alone, with the share of its games in which what should be cooled is; repeats; the judge's accuracy, which but
+for the last three rows is by a row's own labels: those with the expert's negatives are harder to guess.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ ROWS = {
     "gentle_flawed": gcd("weight 1, 64 x 4, negatives, after this", *DOSE, *FLAWED, start="gentle_sft"),
 }
 PLAIN = {name: "plain" for name, row in ROWS.items() if row.config == "gcd"}  # what a row with GCD is compared with
-PLAIN |= {f"{what}_flawed": f"{what}_plain" for what in ("judge", "long", "rank", "large", "gentle")} | {
-    "all_weight_1": "all_plain"
-}
+PLAIN |= {f"{what}_flawed": f"{what}_plain" for what in ("judge", "long", "rank", "large", "gentle")}
+PLAIN["all_weight_1"] = "all_plain"
 PANELS = (*(f"success, {level}" for level in LEVELS), "cool, L2", "cools, L2", "repeats, L2", "judge, L0", "judge, L2")
 
 

@@ -3,14 +3,16 @@
     python paper/mechanism.py runs/lab_gcd_s0 --start runs/lab_sft_s0/checkpoints/latest
 
 The model that the run started from plays --games games of each level's evaluation list twice; half of the steps drawn
-from them are good, half flawed (the paper's rules, then the environment's teacher).  Of these steps the run's last
-checkpoint is asked: how are their gradients coupled (Figure 8), can it judge them, how consistently does it still take
-the same actions (Figures 1 and 5).  The measures are those of figures.py; the run's folder gets mechanism.json.
+from them are good, half flawed: by the paper's rules, then by the environment's teacher, who sees a step per game.  Of
+these steps the run's last checkpoint is asked: how are their gradients coupled (Figure 8), can it judge them, how
+consistently does it still take the same actions (Figures 1 and 5).  Runs from one start are asked of the same steps,
+whatever labels they learned from.  The measures are those of figures.py; the run's folder gets mechanism.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import sys
@@ -80,6 +82,11 @@ def main() -> None:
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
     arguments = command.parse_args()
     config = for_panels([load_run(arguments.run, arguments.set)], arguments.games, arguments.steps)
+    episodes = (
+        config.rollout.groups * config.rollout.group_size
+    )  # an iteration's: labelled_panel shows as large a share
+    asked = dataclasses.replace(config.judge, teacher_flawed=True, teacher_steps=episodes)
+    config = dataclasses.replace(config, judge=asked)
     envs.check(config.env)
     envs.check_teacher(config.env)
     init_distributed(config)

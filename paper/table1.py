@@ -174,7 +174,7 @@ def mechanism(own: Mapping[int, Record], level: str) -> dict[str, np.ndarray]:
 
 def gap_and_success(records: Mapping[str, Mapping[int, Record]], level: str) -> dict[str, Any]:
     """Set a level's success beside what training did to its coupling gap (cosine, end less start), a point per run of
-    RL; and correlate them, over all runs and within rows, where methods differ in nothing: [r, low, high]."""
+    RL; and correlate them, over all runs, and within rows, so that methods' means do not count: [r, low, high]."""
     points = [
         (name, seed, one["mechanism"][level]["cos"][0] - one["mechanism"][level]["cos at the start"][0], one)
         for name, own in records.items()
@@ -224,7 +224,7 @@ MECHANISM = {  # column of a table -> its key
     "flawed ones": "start panel flawed",
     "repeats": "repeats",
 }
-LATE = {
+TRAINING_END = {
     "success": "rollout/success",
     "flawed actions rising by others": "coupling/flawed_rising",
     "in the danger zone": "coupling/flawed_in_danger",
@@ -331,7 +331,7 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}">'
         for name in ("table1_forest.png", "table1_scatter.png")
     )
-    shown = [*tables(results), mechanism_table(results, "L0", "at the end of training", LATE)]
+    shown = [*tables(results), mechanism_table(results, "L0", "at the end of training", TRAINING_END)]
     shown += [mechanism_table(results, level, level, MECHANISM) for level in LEVELS]
     said = "".join(f"<p>{html.escape(sentence)}" for sentence in verdict(results))
     style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
