@@ -374,7 +374,8 @@ def scatter(results: Mapping[str, Any], path: Path) -> None:
             "{} = {:.2f} [{:.2f}, {:.2f}]".format(key, *found[key]) for key in ("r", "r within rows") if key in found
         )
         axis.set(xlabel="change of the coupling gap", ylabel="success", title=f"{level}\n{said}")
-    axes[0].legend(frameon=False, fontsize=6)
+    if results["scatter"][LEVELS[0]]["row"]:
+        axes[0].legend(frameon=False, fontsize=6)
     fig.tight_layout()
     fig.savefig(path, dpi=150)
     pyplot.close(fig)
