@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 ONE_RANK = ("paper/mechanism.py",)
 RESAMPLES = 4000
+POLL_SECONDS = 10  # how often to look whether others can start from what a run has trained
 COOL = "pick_cool_then_place_in_recep"  # of ALFWorld's L2 the type that can be mistaken for a trained one: heat, clean
 LATE = 5  # iterations at the end of a run, over which training's metrics are averaged
 TRAINING = (  # what a record keeps of metrics.jsonl: a curve of the first, the late mean of the others
@@ -133,7 +134,7 @@ class Lab:
                 if not running:
                     failures.append(f"{len(todo)} runs have no cold start to begin with: it failed")
                     break
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
                 for future in finished:
                     name, seed = running.pop(future)
                     try:
