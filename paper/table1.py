@@ -299,10 +299,12 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     cells = results["pairs"][name]
     _, low, high = cells[level]
     found = [word for word, holds in (("support", low > 0), ("refutation of that size", high < carried)) if holds]
+    seeds, planned = len(cells["seeds"]), len(SEEDS[name])
+    said = (" and ".join(found) or "undecided") if seeds >= planned else "too early to say"
     return [
         f"Primary outcome, {full_title(name)} minus {ROWS[PAIRS[name]].title} on {level}: "
-        f"{_percent(cells[level], sign=True)} points over {len(cells['seeds'])} seeds, where the paper's gain would be "
-        f"{100 * carried:+.1f}: {' and '.join(found) or 'undecided'}."
+        f"{_percent(cells[level], sign=True)} points over {seeds} of {planned} seeds, where the paper's gain would be "
+        f"{100 * carried:+.1f}: {said}."
     ]
 
 
