@@ -82,10 +82,9 @@ def main() -> None:
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
     arguments = command.parse_args()
     config = for_panels([load_run(arguments.run, arguments.set)], arguments.games, arguments.steps)
-    episodes = (
-        config.rollout.groups * config.rollout.group_size
-    )  # an iteration's: labelled_panel shows as large a share
-    asked = dataclasses.replace(config.judge, teacher_flawed=True, teacher_steps=episodes)
+    # a step per episode of an iteration: labelled_panel shows the teacher as large a share
+    steps = config.rollout.groups * config.rollout.group_size
+    asked = dataclasses.replace(config.judge, teacher_flawed=True, teacher_steps=steps)
     config = dataclasses.replace(config, judge=asked)
     envs.check(config.env)
     envs.check_teacher(config.env)
