@@ -50,13 +50,13 @@ def config(small_games):
 
 @pytest.fixture(scope="module")
 def policy(config) -> LanguageModel:
+    tiny.join()
     return load_model(config)
 
 
 @pytest.fixture(scope="module")
 def engine(config, policy):
     """The one vLLM engine of this file. A test that changes the weights puts them back."""
-    tiny.join()
     os.environ.pop(COMPILE_THREADS, None)
     engine = make_engine(config, policy)
     assert isinstance(engine, VllmEngine)
@@ -104,6 +104,13 @@ def gap(policy: LanguageModel, prompt_ids, completions: list[Completion], temper
     return float(np.abs(trainer.numpy() - np.concatenate([one.logprobs for one in completions])).mean())
 
 
+def assert_same_replies(completions, others):
+    """The same tokens; log-probs differ in their last digits by what else a pass computed, and copied."""
+    assert [one.ids for one in completions] == [one.ids for one in others]
+    for one, other in zip(completions, others, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
 # ---- Engines
 
 
@@ -125,9 +132,8 @@ def test_same_seeds_same_completions_in_any_order(any_engine, prompt_ids):
     first = any_engine.generate(prompt_ids, given)
     again = any_engine.generate(prompt_ids[::-1], given[::-1])[::-1]
     few = any_engine.generate(prompt_ids[3:6], given[3:6])
-    assert [completion.ids for completion in first] == [completion.ids for completion in again]
-    assert [completion.ids for completion in few] == [completion.ids for completion in first[3:6]]
-    np.testing.assert_allclose(first[0].logprobs, again[0].logprobs, atol=1e-4)
+    assert_same_replies(again, first)
+    assert_same_replies(few, first[3:6])
     other = any_engine.generate(prompt_ids, params(12, first=100))
     assert sum(one.ids == two.ids for one, two in zip(first, other, strict=True)) < 10
 
@@ -208,7 +214,7 @@ def test_the_engine_keeps_no_reference_to_the_trainers_weights(engine, policy, p
             parameter.zero_()
     after = engine.generate(prompt_ids[:2], params(2))
     policy.model.load_state_dict(kept)
-    assert before == after
+    assert_same_replies(after, before)
 
 
 def test_a_difference_that_is_not_a_number_fails(slow_engine, config, policy, prompt_ids):
@@ -229,7 +235,6 @@ def test_a_difference_that_is_not_a_number_fails(slow_engine, config, policy, pr
 def on_gpu(policy, config, monkeypatch):
     """What makes an engine as on a GPU. None is here, so in vLLM's place `fake` notes what it is asked for, and fails
     as it is told."""
-    tiny.join()
     fake = SimpleNamespace(asked=[], errors={})
 
     def ask(name, **given):
@@ -569,7 +574,7 @@ def test_an_error_leaves_no_request_behind(any_engine, config, tasks, prompt_ids
         played(any_engine, config, tasks, 3, Long)
     assert any_engine.poll() == []
     any_engine.load_weights([])
-    assert any_engine.generate(prompt_ids[:2], params(2)) == before
+    assert_same_replies(any_engine.generate(prompt_ids[:2], params(2)), before)
 
 
 def test_episodes_in_flight_are_given_up_once_it_should_stop(any_engine, config, tasks, prompt_ids):
@@ -579,7 +584,7 @@ def test_episodes_in_flight_are_given_up_once_it_should_stop(any_engine, config,
     assert len(left) < len(tasks) * config.rollout.group_size
     assert any_engine.poll() == []
     any_engine.load_weights([])
-    assert any_engine.generate(prompt_ids[:2], params(2)) == before
+    assert_same_replies(any_engine.generate(prompt_ids[:2], params(2)), before)
 
 
 def test_slow_environments_act_in_threads(engine, config, tasks, episodes):
