@@ -8,8 +8,8 @@ r"""How much GCD, and which: the laboratory's development runs, from which docs/
 
 GRPO from one cold start (another where the row says so) on games that are in none of the table's lists.  Each row
 changes what its name says ("64 x 4": questions an iteration, answers each).  Picture and JSON show success by level; of
-"cool" alone, with the share of its games in which what should be cooled is; repeats; the judge's accuracy, which is by
-a row's own labels: those with the expert's negatives are harder to guess.
+"cool" alone, with the share of its games in which what should be cooled is; repeats; the judge's accuracy.  In the
+committed records that is by the rules' labels, or with the expert's negatives, which are harder to guess: docs/lab.md.
 """
 
 from __future__ import annotations

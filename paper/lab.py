@@ -1,7 +1,7 @@
 """Many runs as one experiment: each trains, is evaluated and measured, and leaves one small JSON.
 
     rows = {"grpo": Row("GRPO", "grpo", start="sft"), ...}      a row of a table; with a training seed it is a run
-    lab = Lab("lab", Path("docs/lab/table1"))                   configs/lab_*.yaml; where the JSONs lie
+    lab = Lab("lab", Path("docs/lab"))                          configs/lab_*.yaml; where the JSONs lie
     lab.run_all(rows, {"grpo": (0, 1, 2), ...})                 what has its JSON is not run again
     records = lab.records(rows)                                 what the JSONs hold
 
@@ -82,7 +82,7 @@ class Lab:
 
     def config(self, row: Row) -> Config:
         """Load a row's config as its runs have it, but for what is a seed's. Raises ConfigError."""
-        return configuration.load(self.path(row), (*self.settings, *row.overrides))
+        return configuration.load(self.path(row), self._settings(row))
 
     def path(self, row: Row) -> Path:
         """Return the path of a row's config."""
@@ -105,7 +105,7 @@ class Lab:
     def commands(self, rows: Mapping[str, Row], name: str, seed: int) -> list[list[str]]:
         """List what makes a run's files, but for its record: training, evaluation, mechanism."""
         row, run, start = rows[name], f"runs/{self.name(name, seed)}", self.start(rows, name, seed)
-        own = [*self.settings, *row.overrides, f"name={self.name(name, seed)}", f"seed={seed}", f"model.path={start}"]
+        own = [*self._settings(row), f"name={self.name(name, seed)}", f"seed={seed}", f"model.path={start}"]
         if not row.script:
             return [["evaluate.py", "--ckpt", start, "--config", str(self.path(row)), "--out", run, "--set", *own]]
         return [
@@ -121,8 +121,9 @@ class Lab:
         """Run rows with these seeds, and the rows that they start from, `workers` side by side. Raises ConfigError
         with the logs of the runs that failed, when all others are done."""
         todo = self._todo(rows, seeds)
-        for row in {rows[name] for name, _ in todo}:
-            self.config(row)  # a mistake in a config ends it here
+        for row in {rows[name] for name, _ in todo}:  # a mistake in a config ends it here
+            if self.config(row).eval.seeds > 9:
+                raise ConfigError(f"{self.path(row)}: eval.seeds is above 9, and a record has a digit per game")
         self.folder.mkdir(parents=True, exist_ok=True)
         total, done, running, failures = len(todo), 0, dict[Future, tuple[str, int]](), list[str]()
         with ThreadPoolExecutor(workers) as threads:
@@ -147,20 +148,25 @@ class Lab:
                     left = self._seconds(rows, [*todo, *running.values()]) / workers
                     print(f"{done} of {total}: {_brief(record)}; about {_clock(left)} left", flush=True)
         if failures:
-            raise ConfigError("\n\n".join(failures))
+            raise ConfigError("\n\n".join([*failures, "the other runs have their records: --only-print shows them"]))
 
     def _todo(self, rows: Mapping[str, Row], seeds: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
-        """List the runs without a record, by seed; before them the cold starts that they lack."""
-        missing = [(name, seed) for name in rows for seed in seeds.get(name, ()) if not self.file(name, seed).is_file()]
+        """List the runs without a record, by seed; before them the cold starts that they lack. Raises ConfigError."""
+        recorded = self.records(rows)
+        missing = [(name, seed) for name in rows for seed in seeds.get(name, ()) if seed not in recorded[name]]
         starts = [(rows[name].start, seed) for name, seed in missing if not self._can_start(rows, name, seed)]
         cold = [one for one in dict.fromkeys([*missing, *starts]) if rows[one[0]].script != "train_rl.py"]
         rest = [one for one in missing if one not in cold]
         return [*sorted(cold, key=lambda one: one[1]), *sorted(rest, key=lambda one: one[1])]
 
     def _can_start(self, rows: Mapping[str, Row], name: str, seed: int) -> bool:
-        """Tell whether the model that a run starts from is there."""
+        """Tell whether the model that a run starts from is there. Raises ConfigError if it never will be."""
         start = Path(self.start(rows, name, seed))
-        return not start.is_relative_to("runs") or start.with_name("final").is_dir()
+        if not start.is_relative_to("runs") or start.with_name("final").is_dir():
+            return True
+        if not rows[name].start:
+            raise ConfigError(f"{name} starts from {start}, which is not there")
+        return False
 
     def _run(self, rows: Mapping[str, Row], name: str, seed: int, ranks: int) -> Record:
         """Run what of a run is missing, and write its record; of one that has it, train what others start from."""
@@ -179,7 +185,8 @@ class Lab:
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
                 raise ConfigError(f"{script} of {run.name} ended with {ended.returncode}; the end of {log}:\n{tail}")
         if not recorded:
-            write_json(self.file(name, seed), {"row": name, "seed": seed} | make_record(run, end))
+            kept = {"row": name, "seed": seed, "settings": self._settings(rows[name])}
+            write_json(self.file(name, seed), kept | make_record(run, end))
         return self.records(rows)[name][seed]
 
     def _seconds(self, rows: Mapping[str, Row], runs: Iterable[tuple[str, int]]) -> float:
@@ -189,13 +196,25 @@ class Lab:
         return sum(float(np.mean(known[name] or every)) for name, _ in runs)
 
     def records(self, rows: Mapping[str, Row]) -> dict[str, dict[int, Record]]:
-        """Read the records that are there: row -> seed -> record."""
+        """Read the records that are there: row -> seed -> record. Raises ConfigError where one is of other settings or
+        games than asked for: such numbers do not belong into one table."""
         found: dict[str, dict[int, Record]] = {name: {} for name in rows}
+        games: set[str] = set()
         for file in sorted(self.folder.glob("*_s[0-9]*.json")):
             record = json.loads(file.read_text())
-            if record["row"] in found:
-                found[record["row"]][record["seed"]] = record
+            if record["row"] not in found:
+                continue
+            found[record["row"]][record["seed"]] = record
+            if record["settings"] != (settings := self._settings(rows[record["row"]])):
+                raise ConfigError(f"{file} was made with {record['settings']}, not {settings}: use another folder")
+            games.add(record["games"])
+            if len(games) > 1:
+                raise ConfigError(f"{file} and those before it are of different games: use another folder")
         return found
+
+    def _settings(self, row: Row) -> list[str]:
+        """List what of a row's runs differs from their config."""
+        return [*self.settings, *row.overrides]
 
 
 def _is_made(script: str, run: Path, end: str) -> bool:
@@ -291,10 +310,7 @@ def shares(records: Mapping[int, Record], level: str, seeds: Sequence[int] = (),
 def gain(
     ours: Mapping[int, Record], plain: Mapping[int, Record], seeds: Sequence[int], level: str, kind: str = ""
 ) -> np.ndarray:
-    """Compute by what ours wins a level's games, or those of a task type, more often: float64 [seeds, games]. Raises
-    ConfigError where the rows were not evaluated on the same games."""
-    if len({row[seed]["games"] for row in (ours, plain) for seed in seeds}) > 1:
-        raise ConfigError(f"the records of {ours[seeds[0]]['row']} and {plain[seeds[0]]['row']} are of different games")
+    """Compute by what ours wins a level's games, or those of a task type, more often: float64 [seeds, games]."""
     return shares(ours, level, seeds, kind) - shares(plain, level, seeds, kind)
 
 

@@ -1,15 +1,15 @@
 """Table 1 in miniature, by one command: does GCD generalise better? The plan is docs/lab.md.
 
     python paper/table1.py                                    all of it, resumable; then the table, a picture and a page
-    python paper/table1.py --rows grpo gcd --seeds 0 1        a part
+    python paper/table1.py --rows grpo gcd --seeds 20 21      a part
     python paper/table1.py --only-print                       from the records that are there
     python paper/table1.py --config-prefix qwen1.5b           the same table on GPUs, from configs/qwen1.5b_*.yaml
 
 Every row trains once, on the task types that are not held out, and is evaluated on all three levels: L0 and L1 are
 games of these types, L2 is games of the held-out ones.  (The paper trains once more, on all types, for L0 and L1.)  A
-row with GCD and its plain one are paired: same cold start, games and sampling seeds.  Two more rows are compared with
-GRPO: GCD as in the paper, and a control whose judge is trained with labels dealt out at random.  Records, table1.md,
-.json, .html and two pictures go to docs/<prefix>.
+row with GCD and its plain one are paired: same cold start, games and sampling seeds.  Two more rows are GCD as in the
+paper, and a control whose judge is trained with labels dealt out at random.  Records, table1.md, .json, .html and two
+pictures go to docs/PREFIX; --out names another folder, and its runs: one for each environment and setting.
 """
 
 from __future__ import annotations
@@ -45,21 +45,30 @@ ROWS = {
     "sft": Row("Cold start", "sft", script="train_sft.py"),
     "sft_rlvmr": Row("Cold start, RLVMR's replies", "sft_rlvmr", script="train_sft.py"),
     "ppo": Row("PPO", "ppo", "sft"),
-    "ppo_gcd": Row("with GCD", "ppo_gcd", "sft"),
+    "ppo_gcd": Row("PPO with GCD", "ppo_gcd", "sft"),
     "grpo": Row("GRPO", "grpo", "sft"),
-    "gcd": Row("with GCD", "gcd", "sft"),
-    "gcd_paper": Row("with GCD as in the paper", "gcd_paper", "sft"),
-    "gcd_random": Row("with random labels", "gcd_random", "sft"),
+    "gcd": Row("GRPO with GCD", "gcd", "sft"),
+    "gcd_paper": Row("GRPO with GCD as in the paper", "gcd_paper", "sft"),
+    "gcd_random": Row("GRPO with GCD, random labels", "gcd_random", "sft"),
     "gigpo": Row("GiGPO", "gigpo", "sft"),
-    "gigpo_gcd": Row("with GCD", "gigpo_gcd", "sft"),
+    "gigpo_gcd": Row("GiGPO with GCD", "gigpo_gcd", "sft"),
     "rlvmr": Row("RLVMR", "rlvmr", "sft_rlvmr"),
-    "rlvmr_gcd": Row("with GCD", "rlvmr_gcd", "sft_rlvmr"),
+    "rlvmr_gcd": Row("RLVMR with GCD", "rlvmr_gcd", "sft_rlvmr"),
     "base_grpo": Row("GRPO, no cold start", "grpo", "vanilla"),
-    "base_gcd": Row("with GCD", "gcd", "vanilla"),
+    "base_gcd": Row("GRPO with GCD, no cold start", "gcd", "vanilla"),
 }
-METHODS = {"gcd": "grpo", "gigpo_gcd": "gigpo", "rlvmr_gcd": "rlvmr", "ppo_gcd": "ppo", "base_gcd": "base_grpo"}
-PAIRS = METHODS | {"gcd_paper": "grpo", "gcd_random": "grpo"}  # a row -> the plain one that it is compared with
-PRIMARY = "gcd", "L2"
+
+
+def titled(*pairs: tuple[str, str]) -> dict[str, tuple[str, str]]:
+    """Name pairs of rows by their difference."""
+    return {f"{ROWS[ours].title} minus {ROWS[plain].title}": (ours, plain) for ours, plain in pairs}
+
+
+METHODS = titled(
+    ("ppo_gcd", "ppo"), ("gcd", "grpo"), ("gigpo_gcd", "gigpo"), ("rlvmr_gcd", "rlvmr"), ("base_gcd", "base_grpo")
+)
+PAIRS = METHODS | titled(("gcd_paper", "grpo"), ("gcd_random", "grpo"), ("gcd", "gcd_random"))
+PRIMARY = "GRPO with GCD minus GRPO", "L2"
 PAPER_ODDS = (0.815 / 0.185) / (0.697 / 0.303)  # of winning L2, GRPO with GCD over GRPO: Table 1, Qwen2.5-1.5B
 # None of these chose dose or cold start, as 0 to 2 and 10 to 13 did.
 SEEDS = {name: range(20, 23) for name in ROWS} | {name: range(20, 28) for name in ("sft", "grpo", "gcd")}
@@ -71,13 +80,14 @@ def main() -> None:
     """Run what is missing, then write the table, the pictures and the page."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--config-prefix", default="lab", help="configs/PREFIX_*.yaml (default: %(default)s)")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="of the records (default: docs/PREFIX)")
     command.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"default: all of {', '.join(ROWS)}")
     command.add_argument("--seeds", nargs="+", type=int, help="training seeds (default: those of the plan)")
     command.add_argument("--workers", type=int, help="runs side by side (default: a core each; with GPUs 1)")
-    command.add_argument("--only-print", action="store_true", help="run nothing")
+    command.add_argument("--only-print", action="store_true", help="run nothing; from all records")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override fields")
     arguments = command.parse_args()
-    lab, rows = make_lab(arguments.config_prefix, arguments.set)
+    lab, rows = make_lab(arguments.config_prefix, arguments.out, arguments.set)
     if missing := [name for name in arguments.rows or () if name not in rows]:
         raise ConfigError(f"no {', '.join(str(lab.path(ROWS[name])) for name in missing)}")
     if not arguments.only_print:
@@ -85,7 +95,7 @@ def main() -> None:
         gpus = torch.cuda.device_count()
         lab.run_all(
             rows,
-            {name: arguments.seeds or SEEDS[name] for name in chosen},
+            {name: arguments.seeds if arguments.seeds and rows[name].script else SEEDS[name] for name in chosen},
             workers=arguments.workers or (1 if gpus else os.cpu_count()),
             ranks=gpus or 1,
         )
@@ -95,15 +105,17 @@ def main() -> None:
     print(*map(aligned, tables(results)), *verdict(results), lab.folder / "table1.html", sep="\n\n")
 
 
-def make_lab(prefix: str, settings: Sequence[str]) -> tuple[Lab, dict[str, Row]]:
+def make_lab(prefix: str, folder: Path | None, settings: Sequence[str]) -> tuple[Lab, dict[str, Row]]:
     """Make the laboratory of a family of configs, and list the rows that it has configs of.
 
     All runs train on the task types that L2 does not evaluate on: one run serves all levels. Raises ConfigError.
     """
-    lab = Lab(prefix, Path("docs") / prefix, tuple(settings))
+    lab = Lab(prefix, folder or Path("docs") / prefix, tuple(settings))
     rows = {name: row for name, row in ROWS.items() if lab.path(row).is_file()}
     if not rows:
         raise ConfigError(f"no {lab.path(ROWS['gcd'])}, nor any other config of --config-prefix {prefix}")
+    if lacking := [start for start in {row.start for row in rows.values()} - rows.keys() if start]:
+        raise ConfigError(f"no {lab.path(ROWS[lacking[0]])}, from whose checkpoint other rows start")
     env = lab.config(next(iter(rows.values()))).env
     trained = [kind for kind in envs.task_types(env) if kind not in envs.held_out_types(env)]
     return dataclasses.replace(lab, settings=(f"env.task_types=[{','.join(trained)}]", *settings)), rows
@@ -119,15 +131,15 @@ def summarise(records: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
     found: dict[str, Any] = {"seeds": {name: sorted(own) for name, own in records.items()}}
     found["rows"] = {name: by_column({level: shares(own, level) for level in LEVELS}) for name, own in records.items()}
     pairs = {
-        ours: (records[ours], records[plain])
-        for ours, plain in PAIRS.items()
+        title: (records[ours], records[plain])
+        for title, (ours, plain) in PAIRS.items()
         if records.get(ours, {}).keys() & records.get(plain, {}).keys()
     }
-    found["pairs"] = {name: compare(*pair) for name, pair in pairs.items()}
-    methods = [name for name in METHODS if name in pairs]
-    seeds = sorted(set.intersection(*(set(found["pairs"][name]["seeds"]) for name in methods)) if methods else ())
+    found["pairs"] = {title: compare(*pair) for title, pair in pairs.items()}
+    methods = [title for title in METHODS if title in pairs]
+    seeds = sorted(set.intersection(*(set(found["pairs"][title]["seeds"]) for title in methods)) if methods else ())
     if seeds:
-        gains = {level: np.mean([gain(*pairs[name], seeds, level) for name in methods], axis=0) for level in LEVELS}
+        gains = {level: np.mean([gain(*pairs[title], seeds, level) for title in methods], axis=0) for level in LEVELS}
         found["together"] = by_column(gains) | {"seeds": seeds, "methods": methods}
     found["mechanism"] = {
         name: {level: {key: float(values.mean()) for key, values in mechanism(own, level).items()} for level in LEVELS}
@@ -174,7 +186,8 @@ def mechanism(own: Mapping[int, Record], level: str) -> dict[str, np.ndarray]:
 
 def gap_and_success(records: Mapping[str, Mapping[int, Record]], level: str) -> dict[str, Any]:
     """Set a level's success beside what training did to its coupling gap (cosine, end less start), a point per run of
-    RL; and correlate them, over all runs, and within rows, so that methods' means do not count: [r, low, high]."""
+    RL; and correlate them, over all runs, and within rows, so that methods' means do not count: [r, low, high], where
+    there are runs of three seeds."""
     points = [
         (name, seed, one["mechanism"][level]["cos"][0] - one["mechanism"][level]["cos at the start"][0], one)
         for name, own in records.items()
@@ -192,8 +205,9 @@ def gap_and_success(records: Mapping[str, Mapping[int, Record]], level: str) -> 
     within_N2 = value_N2.copy()
     for name in set(found["row"]):
         within_N2[row_N == name] -= within_N2[row_N == name].mean(0)
-    if len(points) > 3:
-        found |= {"r": correlation(value_N2, found["seed"]), "r within rows": correlation(within_N2, found["seed"])}
+    if len(set(found["seed"])) >= 3:
+        varied = {"r": value_N2, "r within rows": within_N2}  # within rows of one run each nothing varies
+        found |= {key: correlation(value, found["seed"]) for key, value in varied.items() if value.std(0).all()}
     return found
 
 
@@ -228,7 +242,7 @@ TRAINING_END = {
     "success": "rollout/success",
     "flawed actions rising by others": "coupling/flawed_rising",
     "in the danger zone": "coupling/flawed_in_danger",
-    "judge, balanced accuracy": "judge/balanced_accuracy",
+    "judge, balanced accuracy by the labels it learns from": "judge/balanced_accuracy",
 }
 COOLING = {f"{what} it": what for what in ("cooled", "heated", "cleaned", "heated or cleaned")}
 
@@ -243,10 +257,10 @@ def success_table(results: Mapping[str, Any]) -> list[list[str]]:
 
 def difference_table(results: Mapping[str, Any]) -> list[list[str]]:
     """Lay out what each pair changes, and GCD in all methods on the seeds that they share, in points with intervals."""
-    shown = {full_title(name): cells for name, cells in results["pairs"].items()}
+    shown = dict(results["pairs"])
     if len(results["together"]["methods"] if "together" in results else ()) > 1:
-        shown[f"{len(results['together']['methods'])} methods with GCD, averaged"] = results["together"]
-    lines = [["minus the plain row", *COLUMNS, "seeds"]]
+        shown[f"GCD in {len(results['together']['methods'])} methods, averaged"] = results["together"]
+    lines = [["difference", *COLUMNS, "seeds"]]
     for title, cells in shown.items():
         lines.append([title, *(_percent(cells[one], sign=True) for one in COLUMNS), str(len(cells["seeds"]))])
     return lines
@@ -255,9 +269,9 @@ def difference_table(results: Mapping[str, Any]) -> list[list[str]]:
 def types_table(results: Mapping[str, Any]) -> list[list[str]]:
     """Lay out what each pair changes on L2's task types, in points with intervals."""
     kinds = sorted({kind for cells in results["pairs"].values() for kind in cells["L2 by type"]})
-    lines = [["minus the plain row, on L2", *kinds]]
-    for name, cells in results["pairs"].items():
-        lines.append([full_title(name), *(_percent(cells["L2 by type"][kind], sign=True) for kind in kinds)])
+    lines = [["difference on L2", *kinds]]
+    for title, cells in results["pairs"].items():
+        lines.append([title, *(_percent(cells["L2 by type"][kind], sign=True) for kind in kinds)])
     return lines
 
 
@@ -265,19 +279,12 @@ def mechanism_table(results: Mapping[str, Any], level: str, title: str, columns:
     """Lay out numbers of mechanism(): every row's means over seeds, then what each pair changes, with intervals."""
     lines = [[title, *columns]]
     for name, found in results["mechanism"].items():
-        lines.append(
-            [full_title(name), *(f"{found[level][key]:.3f}" if key in found[level] else "" for key in columns.values())]
-        )
-    for name, cells in results["pairs"].items():
+        values = (f"{found[level][key]:.3f}" if key in found[level] else "" for key in columns.values())
+        lines.append([ROWS[name].title, *values])
+    for difference, cells in results["pairs"].items():
         found = cells["mechanism"][level]
-        values = (_change(found[key]) if key in found else "" for key in columns.values())
-        lines.append([f"{full_title(name)}, minus the plain row", *values])
+        lines.append([difference, *(_change(found[key]) if key in found else "" for key in columns.values())])
     return [line for line in lines if any(line[1:])]
-
-
-def full_title(name: str) -> str:
-    """Name a row where the plain one does not stand above it: "GRPO with GCD"."""
-    return f"{ROWS[PAIRS[name]].title} {ROWS[name].title}" if name in PAIRS else ROWS[name].title
 
 
 def tables(results: Mapping[str, Any]) -> list[list[list[str]]]:
@@ -290,21 +297,22 @@ def tables(results: Mapping[str, Any]) -> list[list[list[str]]]:
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
     """Say what the primary outcome is by docs/lab.md, in a sentence; none where there are no runs of it."""
-    name, level = PRIMARY
-    if name not in results["pairs"]:
+    title, level = PRIMARY
+    if title not in results["pairs"]:
         return []
-    plain = results["rows"][PAIRS[name]][level][0]
-    odds = PAPER_ODDS * plain / (1 - plain)
-    carried = odds / (1 + odds) - plain
-    cells = results["pairs"][name]
+    cells, (ours, plain) = results["pairs"][title], PAIRS[title]
+    before = results["rows"][plain][level][0]
+    odds = PAPER_ODDS * before / (1 - before)
+    carried = odds / (1 + odds) - before
     _, low, high = cells[level]
     found = [word for word, holds in (("support", low > 0), ("refutation of that size", high < carried)) if holds]
-    seeds, planned = len(cells["seeds"]), len(SEEDS[name])
-    said = (" and ".join(found) or "undecided") if seeds >= planned else "too early to say"
+    planned = [*SEEDS[ours]]
+    said = " and ".join(found) or "undecided"
+    if cells["seeds"] != planned:
+        said = f"no verdict, which takes the plan's seeds, {planned[0]} to {planned[-1]}, and no others"
     return [
-        f"Primary outcome, {full_title(name)} minus {ROWS[PAIRS[name]].title} on {level}: "
-        f"{_percent(cells[level], sign=True)} points over {seeds} of {planned} seeds, where the paper's gain would be "
-        f"{100 * carried:+.1f}: {said}."
+        f"Primary outcome, {title} on {level}: {_percent(cells[level], sign=True)} points with seeds "
+        f"{', '.join(map(str, cells['seeds']))}; the paper's gain would be {100 * carried:+.1f}: {said}."
     ]
 
 
@@ -345,19 +353,19 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
 
 def forest(results: Mapping[str, Any], path: Path) -> None:
     """Draw what is changed, pair by pair and level by level; the primary outcome stands out."""
-    fig, axis = pyplot.subplots(figsize=(7, 1 + 0.3 * len(LEVELS) * max(1, len(results["pairs"]))))
+    fig, axis = pyplot.subplots(figsize=(8, 1 + 0.3 * len(LEVELS) * max(1, len(results["pairs"]))))
     labels = []
-    for name, cells in results["pairs"].items():
+    for title, cells in results["pairs"].items():
         for level in LEVELS:
             middle, low, high = (100 * value for value in cells[level])
-            primary = (name, level) == PRIMARY
+            primary = (title, level) == PRIMARY
             look = {"color": "C3" if primary else "C0", "marker": "D" if primary else "o", "capsize": 3}
             axis.errorbar(middle, len(labels), xerr=[[middle - low], [high - middle]], **look)
-            labels.append(f"{full_title(name)}, {level}" + " (primary)" * primary)
+            labels.append(f"{title}, {level}" + " (primary)" * primary)
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
     axis.axvline(0, color="grey", linewidth=1)
-    axis.set(xlabel="success minus the plain row's, points, 95 %")
+    axis.set(xlabel="difference of success, points, 95 %")
     fig.tight_layout()
     fig.savefig(path, dpi=150)
     pyplot.close(fig)
@@ -371,7 +379,7 @@ def scatter(results: Mapping[str, Any], path: Path) -> None:
         for number, name in enumerate(dict.fromkeys(found["row"])):
             own = [index for index, row in enumerate(found["row"]) if row == name]
             x, y = ([found[key][index] for index in own] for key in ("gap", "success"))
-            axis.scatter(x, y, s=18, color=f"C{number % 10}", marker="os^"[number // 10], label=full_title(name))
+            axis.scatter(x, y, s=18, color=f"C{number % 10}", marker="os^"[number // 10], label=ROWS[name].title)
         said = "\n".join(
             "{} = {:.2f} [{:.2f}, {:.2f}]".format(key, *found[key]) for key in ("r", "r within rows") if key in found
         )

@@ -1,7 +1,9 @@
 """paper/lab.py and table1.py: real runs make records and a table, once; and what their intervals hold."""
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,12 @@ import pytest
 import tiny
 
 import envs
-from config import LEVELS, ConfigError
+from config import LEVELS, Config, ConfigError, ModelConfig
 from paper import dose, lab, table1
 from paper.lab import Lab, Row, interval, interval_over_seeds, shares
 
 RUNS = ("vanilla", "base_gcd", "base_grpo")
+PAIR = "GRPO with GCD, no cold start minus GRPO, no cold start"
 SETTINGS = (
     "rollout.engine=transformers train.eval_every=0 train.iterations=2 eval.levels=[L0,L1,L2] eval.games=2 "
     "env.task_types=[pick_and_place_simple,look_at_obj_in_light] env.held_out_types=[pick_two_obj_and_place]"
@@ -42,8 +45,9 @@ def test_the_table_and_its_records(folder):
     printed = (folder / "printed.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in printed if "left" in line] == ["1 of 3", "2 of 3", "3 of 3"]
     results = json.loads((folder / "docs" / "tiny" / "table1.json").read_text())
-    assert set(results["rows"]) == set(RUNS) and list(results["pairs"]) == ["base_gcd"]
-    records = {name: json.loads((folder / f"docs/tiny/tiny_{name}_s3.json").read_text()) for name in RUNS}
+    assert set(results["rows"]) == set(RUNS) and list(results["pairs"]) == [PAIR]
+    files = {name: folder / f"docs/tiny/tiny_{name}_s{20 if name == 'vanilla' else 3}.json" for name in RUNS}
+    records = {name: json.loads(file.read_text()) for name, file in files.items()}
     for name, record in records.items():
         for level in LEVELS:
             found = record["levels"][level]
@@ -52,7 +56,7 @@ def test_the_table_and_its_records(folder):
             assert found["success"] == pytest.approx(sum(wins) / 4)
             assert results["rows"][name][level][0] == pytest.approx(found["success"])
     ours, plain = (results["rows"][name]["mean"][0] for name in ("base_gcd", "base_grpo"))
-    assert results["pairs"]["base_gcd"]["mean"][0] == pytest.approx(ours - plain)
+    assert results["pairs"][PAIR]["mean"][0] == pytest.approx(ours - plain)
     assert len({record["games"] for record in records.values()}) == 1
     assert len(records["base_gcd"]["curve"]) == 2
     assert "mechanism" not in records["vanilla"]
@@ -63,7 +67,7 @@ def test_the_table_and_its_records(folder):
         assert "missing" in measured or {"balanced accuracy", "cos", "cos at the start"} <= measured.keys()
     for suffix in (".md", ".html", "_forest.png", "_scatter.png"):
         assert (folder / "docs" / "tiny" / f"table1{suffix}").stat().st_size > 100
-    assert "| with GCD |" in (folder / "docs" / "tiny" / "table1.md").read_text()
+    assert f"| {PAIR} |" in (folder / "docs" / "tiny" / "table1.md").read_text()
 
 
 def test_both_rows_of_a_pair_start_alike_and_meet_the_same_games(folder):
@@ -97,10 +101,10 @@ def test_runs_that_fail_are_told_of_when_the_others_are_done(tmp_path, monkeypat
     monkeypatch.setattr(Lab, "commands", commands_or_stop)
     with pytest.raises(ConfigError) as raised:
         Lab("x", Path("runs")).run_all(rows, {"grpo": [0], "base": [0]}, workers=1, ranks=1)
-    first, second, third = str(raised.value).split("\n\n")
+    first, second, third, last = str(raised.value).split("\n\n")
     assert first.startswith("train_sft.py of runs_sft_s0 ended with 2") and "nowhere" in first
     assert second.startswith(f"{stops} of runs_base_s0 ended with 0") and second.endswith("1 of 20 iterations")
-    assert third == "1 runs have no cold start to begin with: it failed"
+    assert third == "1 runs have no cold start to begin with: it failed" and "--only-print" in last
     assert capsys.readouterr().out.splitlines() == ["runs_sft_s0 failed", "runs_base_s0 failed"]
     assert not list((tmp_path / "runs").glob("*.json"))
 
@@ -132,10 +136,10 @@ def test_cold_starts_come_first_and_others_start_from_them(tmp_path, monkeypatch
 
 
 def test_rows_are_paired_and_have_configs():
-    for ours, plain in table1.PAIRS.items():
+    for ours, plain in table1.PAIRS.values():
         assert table1.ROWS[ours].start == table1.ROWS[plain].start
-        assert set(table1.SEEDS[ours]) <= set(table1.SEEDS[plain])
-    made, rows = table1.make_lab("lab", ())
+        assert set(table1.SEEDS[ours]) <= set(table1.SEEDS[plain]) or plain == "gcd_random"
+    made, rows = table1.make_lab("lab", None, ())
     assert rows == table1.ROWS
     for row in [*table1.ROWS.values(), *dose.ROWS.values()]:
         loaded, plain = made.config(row), row.script == "train_rl.py" and "gcd" not in row.config
@@ -146,7 +150,7 @@ def test_rows_are_paired_and_have_configs():
 
 @pytest.mark.parametrize(("prefix", "settings"), [("lab", ()), ("qwen7b", ("env.name=scienceworld",))])
 def test_one_training_serves_all_levels(prefix, settings):
-    made, rows = table1.make_lab(prefix, settings)
+    made, rows = table1.make_lab(prefix, None, settings)
     assert {"sft", "grpo", "gcd", "gigpo", "gigpo_gcd", "rlvmr", "rlvmr_gcd", "ppo", "base_grpo"} <= rows.keys()
     for name, row in rows.items():
         env = made.config(row).env
@@ -207,11 +211,11 @@ def test_what_is_done_in_games_of_cool_is_counted_by_episode():
     assert lab.count_cooling(others[1:]) == {}
 
 
-def record(won: str = "1000", cos: float = 0.1, games: str = "") -> dict:
+def record(won: str = "1000", cos: float = 0.1) -> dict:
     level = {"won": {"cool": won}, "repeats": 0.5, "success": won.count("1") / 4}
     measured = {"cos": [cos, 0, 1], "cos at the start": [0.05, 0, 0]}
     levels = dict.fromkeys(LEVELS, level)
-    found = {"row": "some", "levels": levels, "plays": 1, "games": games, "mechanism": dict.fromkeys(LEVELS, measured)}
+    found = {"levels": levels, "plays": 1, "mechanism": dict.fromkeys(LEVELS, measured)}
     return found | {"cooling": {"heated": cos, "cooled": 0.5}, "late": {"rollout/success": 0.5}}
 
 
@@ -220,38 +224,83 @@ def test_pairs_are_compared_on_the_seeds_that_both_or_all_have():
     ours = {seed: record("1110", 0.1 + 0.1 * seed) for seed in range(2)}
     records = {"grpo": plain, "gcd": ours | {2: record("1111", 0.4)}, "gigpo": plain, "gigpo_gcd": ours}
     results = table1.summarise(records)
-    assert results["pairs"]["gcd"]["L2"][0] == pytest.approx((0.5 + 0.5 + 0.75) / 3)
-    assert results["pairs"]["gigpo_gcd"]["seeds"] == results["together"]["seeds"] == [0, 1]
+    of_grpo, of_gigpo = "GRPO with GCD minus GRPO", "GiGPO with GCD minus GiGPO"
+    assert results["pairs"][of_grpo]["L2"][0] == pytest.approx((0.5 + 0.5 + 0.75) / 3)
+    assert results["pairs"][of_gigpo]["seeds"] == results["together"]["seeds"] == [0, 1]
     assert results["together"]["L2"][0] == pytest.approx(0.5)
-    cos = results["pairs"]["gcd"]["mechanism"]["L1"]["cos"]
+    cos = results["pairs"][of_grpo]["mechanism"]["L1"]["cos"]
     assert cos == pytest.approx([0.4 / 3, 0.4 / 3 - 0.379, 0.4 / 3 + 0.379], abs=1e-3)
     _, *lines = table1.difference_table(results)
-    assert [line[0] for line in lines] == ["GRPO with GCD", "GiGPO with GCD", "2 methods with GCD, averaged"]
+    assert [line[0] for line in lines] == [of_grpo, of_gigpo, "GCD in 2 methods, averaged"]
     assert len({*map(len, lines)}) == 1
     head, *lines = table1.mechanism_table(results, "L2", "cool", table1.COOLING)
     assert head == ["cool", "cooled it", "heated it", "cleaned it", "heated or cleaned it"]
     assert lines[1] == ["GRPO with GCD", "0.500", "0.233", "", ""]
     assert lines[-1][2] == "+0.050 [-0.585, +0.685]"
     assert len(results["scatter"]["L0"]["gap"]) == 11
-    ours[0] = record(games="others")
-    with pytest.raises(ConfigError, match="different games"):
-        table1.summarise(records)
+    assert "r within rows" in results["scatter"]["L0"]
+    few = table1.summarise({"grpo": {0: plain[0]}, "gcd": {1: ours[1]}, "gigpo": {2: plain[2]}})
+    assert few["pairs"] == {} and "r" in few["scatter"]["L0"] and "r within rows" not in few["scatter"]["L0"]
+
+
+def test_random_labels_are_a_control_of_gcd():
+    records = {"gcd": {20: record("1110")}, "gcd_random": {20: record("1100")}, "grpo": {20: record()}}
+    found = {title: cells["L2"][0] for title, cells in table1.summarise(records)["pairs"].items()}
+    assert found == {
+        "GRPO with GCD minus GRPO": 0.5,
+        "GRPO with GCD, random labels minus GRPO": 0.25,
+        "GRPO with GCD minus GRPO with GCD, random labels": 0.25,
+    }
+
+
+def test_records_of_other_settings_or_games_do_not_belong_into_a_table(tmp_path):
+    made, rows = Lab("lab", tmp_path, ("env.max_steps=16",)), {"sft": Row("", "sft", overrides=("sft.lr=1e-3",))}
+    kept = record() | {"row": "sft", "seed": 1, "settings": ["env.max_steps=16", "sft.lr=1e-3"], "games": "abc"}
+    lab.write_json(made.file("sft", 1), kept)
+    assert made.records(rows) == {"sft": {1: kept}}
+    with pytest.raises(
+        ConfigError, match=r"_sft_s1.json was made with .*16', 'sft.lr=1e-3'\], not \['env.max_steps=8'"
+    ):
+        dataclasses.replace(made, settings=("env.max_steps=8",)).records(rows)
+    lab.write_json(made.file("sft", 2), kept | {"seed": 2, "games": "xyz"})
+    with pytest.raises(ConfigError, match="_sft_s2.json and those before it are of different games"):
+        made.records(rows)
+
+
+def test_the_committed_records_are_of_their_rows(monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    made, rows = table1.make_lab("lab", None, ())
+    for name, found in made.records(rows).items():
+        assert set(found) <= set(table1.SEEDS[name])
+    assert Lab("lab", Path("docs/lab/dose"), dose.GAMES).records(dose.ROWS)["plain"]
+
+
+def test_a_start_that_will_never_be_there_ends_it_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="large_sft starts from runs/large_base_reading/.*, which is not there"):
+        monkeypatch.setattr(Lab, "config", lambda *_: Config(model=ModelConfig(path=dose.LARGE[0].partition("=")[2])))
+        Lab("lab", tmp_path).run_all(dose.ROWS, {"large_sft": [0]}, workers=1, ranks=1)
+    (tmp_path / "configs").mkdir()
+    shutil.copy(tiny.ROOT / "configs" / "lab_gcd.yaml", tmp_path / "configs" / "x_gcd.yaml")
+    with pytest.raises(ConfigError, match="no configs/x_sft.yaml, from whose checkpoint other rows start"):
+        table1.make_lab("x", None, ())
 
 
 def test_what_the_primary_outcome_says():
     """The paper's odds ratio carries its 11.8 points from 69.7 % over to other levels: 7.3 from 9.6 %."""
 
-    def said(low: float, high: float, seeds: int = 8) -> str:
-        cells = {"L2": [(low + high) / 2, low, high], "seeds": [*range(seeds)]}
-        results = {"rows": {"grpo": {"L2": [0.096]}}, "pairs": {"gcd": cells}}
+    def said(low: float, high: float, seeds: Sequence[int] = table1.SEEDS["gcd"]) -> str:
+        cells = {"L2": [(low + high) / 2, low, high], "seeds": [*seeds]}
+        results = {"rows": {"grpo": {"L2": [0.096]}}, "pairs": {"GRPO with GCD minus GRPO": cells}}
         (sentence,) = table1.verdict(results)
-        return sentence.split("seeds, ")[1]
+        return sentence.split("; ")[1]
 
-    assert said(0.01, 0.05) == "where the paper's gain would be +7.3: support and refutation of that size."
+    assert said(0.01, 0.05) == "the paper's gain would be +7.3: support and refutation of that size."
     assert said(-0.01, 0.05).endswith(": refutation of that size.")
     assert said(0.01, 0.08).endswith(": support.")
     assert said(-0.01, 0.08).endswith(": undecided.")
-    assert said(0.01, 0.05, seeds=7).endswith(": too early to say.")
+    for seeds in (range(20, 27), range(20, 29), range(8)):
+        assert said(0.01, 0.05, seeds).endswith("no verdict, which takes the plan's seeds, 20 to 27, and no others.")
     assert table1.verdict({"pairs": {}}) == []
 
 
