@@ -16,7 +16,7 @@ from paper import dose, lab, table1
 from paper.lab import Lab, Row, interval, interval_over_seeds, shares
 
 RUNS = ("vanilla", "base_gcd", "base_grpo")
-PAIR = "GRPO with GCD, no cold start minus GRPO, no cold start"
+PAIR = "GRPO with GCD, no cold start - GRPO, no cold start"
 SETTINGS = (
     "rollout.engine=transformers train.eval_every=0 train.iterations=2 eval.levels=[L0,L1,L2] eval.games=2 "
     "env.task_types=[pick_and_place_simple,look_at_obj_in_light] env.held_out_types=[pick_two_obj_and_place]"
@@ -224,7 +224,7 @@ def test_pairs_are_compared_on_the_seeds_that_both_or_all_have():
     ours = {seed: record("1110", 0.1 + 0.1 * seed) for seed in range(2)}
     records = {"grpo": plain, "gcd": ours | {2: record("1111", 0.4)}, "gigpo": plain, "gigpo_gcd": ours}
     results = table1.summarise(records)
-    of_grpo, of_gigpo = "GRPO with GCD minus GRPO", "GiGPO with GCD minus GiGPO"
+    of_grpo, of_gigpo = "GRPO with GCD - GRPO", "GiGPO with GCD - GiGPO"
     assert results["pairs"][of_grpo]["L2"][0] == pytest.approx((0.5 + 0.5 + 0.75) / 3)
     assert results["pairs"][of_gigpo]["seeds"] == results["together"]["seeds"] == [0, 1]
     assert results["together"]["L2"][0] == pytest.approx(0.5)
@@ -247,9 +247,9 @@ def test_random_labels_are_a_control_of_gcd():
     records = {"gcd": {20: record("1110")}, "gcd_random": {20: record("1100")}, "grpo": {20: record()}}
     found = {title: cells["L2"][0] for title, cells in table1.summarise(records)["pairs"].items()}
     assert found == {
-        "GRPO with GCD minus GRPO": 0.5,
-        "GRPO with GCD, random labels minus GRPO": 0.25,
-        "GRPO with GCD minus GRPO with GCD, random labels": 0.25,
+        "GRPO with GCD - GRPO": 0.5,
+        "GRPO with GCD, random labels - GRPO": 0.25,
+        "GRPO with GCD - GRPO with GCD, random labels": 0.25,
     }
 
 
@@ -291,7 +291,7 @@ def test_what_the_primary_outcome_says():
 
     def said(low: float, high: float, seeds: Sequence[int] = table1.SEEDS["gcd"]) -> str:
         cells = {"L2": [(low + high) / 2, low, high], "seeds": [*seeds]}
-        results = {"rows": {"grpo": {"L2": [0.096]}}, "pairs": {"GRPO with GCD minus GRPO": cells}}
+        results = {"rows": {"grpo": {"L2": [0.096]}}, "pairs": {"GRPO with GCD - GRPO": cells}}
         (sentence,) = table1.verdict(results)
         return sentence.split("; ")[1]
 
