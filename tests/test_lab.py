@@ -277,8 +277,11 @@ def test_the_committed_records_are_of_their_rows(monkeypatch):
 
 def test_a_start_that_will_never_be_there_ends_it_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="large_sft starts from runs/large_base_reading/.*, which is not there"):
-        monkeypatch.setattr(Lab, "config", lambda *_: Config(model=ModelConfig(path=dose.LARGE[0].partition("=")[2])))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ConfigError, match="large_sft starts from runs/large_base_reading/.*, which is not there"),
+    ):
+        patch.setattr(Lab, "config", lambda *_: Config(model=ModelConfig(path=dose.LARGE[0].partition("=")[2])))
         Lab("lab", tmp_path).run_all(dose.ROWS, {"large_sft": [0]}, workers=1, ranks=1)
     (tmp_path / "configs").mkdir()
     shutil.copy(tiny.ROOT / "configs" / "lab_gcd.yaml", tmp_path / "configs" / "x_gcd.yaml")

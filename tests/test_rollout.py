@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -41,6 +42,7 @@ from rollout import Episode, play
 from transformers_engine import PaddedEngine, TransformersEngine
 
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+assert_same_replies = functools.partial(tiny.assert_same_replies, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +104,6 @@ def gap(policy: LanguageModel, prompt_ids, completions: list[Completion], temper
     with torch.no_grad():
         trainer, _ = token_logprobs(policy, lay_out(samples, policy.packing), temperature)
     return float(np.abs(trainer.numpy() - np.concatenate([one.logprobs for one in completions])).mean())
-
-
-def assert_same_replies(completions, others):
-    """The same tokens; log-probs differ in their last digits by what else a pass computed, and copied."""
-    assert [one.ids for one in completions] == [one.ids for one in others]
-    for one, other in zip(completions, others, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
 # ---- Engines

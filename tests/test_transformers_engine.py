@@ -63,12 +63,6 @@ def alone(policy: LanguageModel, prompts, given) -> list[Completion]:
     return [TransformersEngine(policy, 1).generate([ids], [one])[0] for ids, one in zip(prompts, given, strict=True)]
 
 
-def assert_same(found: list[Completion], expected: list[Completion]) -> None:
-    assert [one.ids for one in found] == [one.ids for one in expected]
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
-
-
 def error(policy: LanguageModel, prompts, completions, temperature: float) -> float:
     """How far the completions' log-probs are from the trainer's, at most."""
     samples = [Sample(np.array(ids), np.array(one.ids)) for ids, one in zip(prompts, completions, strict=True)]
@@ -97,7 +91,7 @@ def test_models_that_are_more_than_attention_are_served_too(kind):
     assert type(engine) is PaddedEngine
     completions = engine.generate(prompts, params(12, 0.7))
     assert error(policy, prompts, completions, 0.7) < 1e-4
-    assert_same(engine.generate(prompts[::-1], params(12, 0.7)[::-1])[::-1], completions)
+    tiny.assert_same_replies(engine.generate(prompts[::-1], params(12, 0.7)[::-1])[::-1], completions)
 
 
 @pytest.mark.parametrize("kind", [TransformersEngine, PaddedEngine])
@@ -179,7 +173,7 @@ def test_a_reply_does_not_depend_on_who_else_is_under_way(policy, batch):
             done |= dict(engine.poll())
         assert len(engine.live) <= batch
     done |= run(engine)
-    assert_same([done[str(index)] for index in range(24)], alone(policy, prompts, given))
+    tiny.assert_same_replies([done[str(index)] for index in range(24)], alone(policy, prompts, given))
 
 
 @pytest.fixture
@@ -198,11 +192,11 @@ def test_what_prompts_share_is_computed_once(policy, computed):
     expected = alone(policy, prompts, given)
     computed.clear()
     engine = TransformersEngine(policy, 32)
-    assert_same(engine.generate(prompts, given), expected)
+    tiny.assert_same_replies(engine.generate(prompts, given), expected)
     distinct = len({tuple(ids[:count]) for ids in prompts for count in range(1, len(ids) + 1)})
     assert computed == [distinct + 1]  # one prompt is there twice: its last token is computed again, for its logits
     longer = [ids + [21, 22, 23] for ids in prompts]
-    assert_same(engine.generate(longer, given), alone(policy, longer, given))
+    tiny.assert_same_replies(engine.generate(longer, given), alone(policy, longer, given))
     assert computed[1] == 3 * 11 + 1
 
 
@@ -232,18 +226,18 @@ def test_new_weights_are_sampled_from(policy):
         policy.model = tiny_model(initializer_range=0.2)  # another object
         policy.model.set_attn_implementation(attention.NAME)
         engine.load_weights([])
-        assert_same(engine.generate(prompts, given), alone(policy, prompts, given))
+        tiny.assert_same_replies(engine.generate(prompts, given), alone(policy, prompts, given))
         with torch.no_grad():  # in place
             policy.model.lm_head.weight.mul_(-1)
             policy.model.model.embed_tokens.weight.mul_(0.5)
         engine.load_weights([])
         after = engine.generate(prompts, given)
-        assert_same(after, alone(policy, prompts, given))
+        tiny.assert_same_replies(after, alone(policy, prompts, given))
         assert error(policy, prompts, after, 1.0) < 1e-4 and after != before
     finally:
         policy.model = kept
     engine.load_weights([])
-    assert_same(engine.generate(prompts, given), before)
+    tiny.assert_same_replies(engine.generate(prompts, given), before)
 
 
 def test_cancelled_requests_do_not_come_back(policy):
@@ -260,7 +254,7 @@ def test_cancelled_requests_do_not_come_back(policy):
     left = [index for index in range(12) if str(index) not in gone]
     assert sorted(done, key=int) == [str(index) for index in left]
     expected = alone(policy, prompts, given)
-    assert_same([done[str(index)] for index in left], [expected[index] for index in left])
+    tiny.assert_same_replies([done[str(index)] for index in left], [expected[index] for index in left])
     engine.cancel(["0"])
     assert engine.poll() == []
 
@@ -279,7 +273,7 @@ def test_an_error_in_a_pass_leaves_the_model_as_it_was_and_nothing_to_copy(polic
     hook.remove()
     assert policy.model.config._attn_implementation == attention.NAME
     engine.cancel(["0"])
-    assert_same(engine.generate(prompts, given), alone(policy, prompts, given))
+    tiny.assert_same_replies(engine.generate(prompts, given), alone(policy, prompts, given))
 
 
 # ---- Models in other forms

@@ -179,6 +179,13 @@ def join() -> None:
         distributed.init_distributed(Config())
 
 
+def assert_same_replies(found, expected, atol: float = 1e-5) -> None:
+    """The same tokens; log-probs differ in their last digits by what else a pass computed, and copied."""
+    assert [one.ids for one in found] == [one.ids for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=atol)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
