@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -80,6 +81,12 @@ def progress_bar(items: Iterable | None = None, **settings: Any) -> tqdm:
     first = not dist.is_initialized() or dist.get_rank() == 0
     look = dict(leave=False, mininterval=1, delay=1, dynamic_ncols=True)
     return tqdm(items, disable=None if first else True, **look, **settings)
+
+
+def announce(what: str) -> None:
+    """Say on the first rank's stderr what begins: a start may take minutes, and must not look like one that hangs."""
+    if dist.get_rank() == 0:
+        print(f"{time.strftime('%H:%M:%S')}  {what}", file=sys.stderr, flush=True)
 
 
 class PreemptionSignal:

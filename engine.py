@@ -137,6 +137,7 @@ class VllmEngine(Engine):
         super().__init__(policy)
         on_cpu = policy.device.type == "cpu"
         settings = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
+        settings["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # compiled at its first use, for top-k and top-p alone
         for name, value in settings.items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", category=FutureWarning)

@@ -32,6 +32,7 @@ import config as configuration
 import envs
 from checkpoint import TrainState
 from config import Config, ConfigError
+from distributed import announce
 from model import LanguageModel
 from packing import Sample
 from rollout import Episode, Step
@@ -53,13 +54,18 @@ OOM_HINTS = {  # by phase: what to lower where a GPU's memory does not suffice
 
 
 class PhaseTimer:
-    """Seconds per phase of one iteration. Raises ConfigError where a phase runs out of GPU memory, with the cure."""
+    """Seconds per phase of one iteration. Raises ConfigError where a phase runs out of GPU memory, with the cure.
 
-    def __init__(self) -> None:
-        self.started, self.phases = time.monotonic(), {}
+    `aloud` says each phase's name as it begins, as a first iteration should: much is compiled in it.
+    """
+
+    def __init__(self, aloud: bool = False) -> None:
+        self.started, self.phases, self.aloud = time.monotonic(), {}, aloud
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        if self.aloud:
+            announce(phase)
         began = time.monotonic()
         try:
             yield

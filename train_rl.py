@@ -44,6 +44,7 @@ from distributed import (
     PreemptionSignal,
     adamw,
     all_gather_objects,
+    announce,
     init_distributed,
     progress_bar,
     sum_dicts,
@@ -96,6 +97,7 @@ def train(config: Config) -> None:
     rank, world = init_distributed(config)
     lock = checkpoint.RunLock(config.run_dir)
     state = checkpoint.resume(config, games=[task.id for task in tasks])  # an earlier process's, or the start
+    announce(f"load {state.folder}")
     policy, optimizer = load_policy(config, state)
     reference = load_reference(config, policy)  # None without a KL term
     ppo = baselines.PPO(config, policy, state) if config.algo.advantage == "ppo" else None
@@ -103,15 +105,17 @@ def train(config: Config) -> None:
     critic = ppo.critic if ppo else None
     checkpoint.check_disk(config, [policy, critic] if critic else [policy], config.train.iterations - state.iteration)
     checkpoint.rehearse_save(policy, config.run_dir / "checkpoints")
+    announce("start the engine")
     engine = make_engine(config, policy)
     teacher = judge.make_api_teacher(config, engine.num_replicas, state.teacher_spent)
     # as many environments as this engine's share has episodes: more would idle
     in_flight = min(config.rollout.concurrency, len(engine.share(config.rollout.groups)) * config.rollout.group_size)
     env_pool = envs.make_pool(config.env, in_flight)
-    logger, preemption, saved_at = Logger(config, state), PreemptionSignal(), state.iteration
+    logger, preemption = Logger(config, state), PreemptionSignal()
+    first = saved_at = state.iteration
 
     while state.iteration < config.train.iterations:
-        timer, iteration = PhaseTimer(), state.iteration
+        timer, iteration = PhaseTimer(aloud=state.iteration == first), state.iteration
 
         # 1. Collect: each engine plays whole groups with the current policy
         with timer("collect"):
