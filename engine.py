@@ -136,8 +136,12 @@ class VllmEngine(Engine):
     def __init__(self, policy: LanguageModel, config: Config) -> None:
         super().__init__(policy)
         on_cpu = policy.device.type == "cpu"
-        settings = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
-        settings["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # compiled at its first use, for top-k and top-p alone
+        settings = dict(
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_NO_USAGE_STATS="1",
+            VLLM_LOGGING_LEVEL="ERROR",
+            VLLM_USE_FLASHINFER_SAMPLER="0",  # it serves top-k and top-p alone, and may be compiled at the start
+        )
         for name, value in settings.items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", category=FutureWarning)

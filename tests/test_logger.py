@@ -1,4 +1,4 @@
-"""logger.py: what a phase that runs out of GPU memory is told, and how much of it was taken."""
+"""logger.py: what is said of a phase: that it begins, how much GPU memory it took, what to do where that ran out."""
 
 import re
 
@@ -31,3 +31,11 @@ def test_peak_memory_is_without_the_engines_pools(monkeypatch):
     with timer("collect"):
         pass
     assert timer.metrics([])["mem/peak_gib"] == 6
+
+
+def test_a_first_iteration_says_what_begins(capsys):
+    tiny.join()
+    for aloud in (True, False):
+        with PhaseTimer(aloud)("collect"):
+            said = capsys.readouterr().err  # before the phase is over: one that hangs is named
+        assert re.fullmatch(r"\d\d:\d\d:\d\d  collect\n", said) if aloud else said == ""
