@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 import attention
 from config import Config, ConfigError
-from distributed import progress_bar
+from distributed import announce, progress_bar
 from model import LanguageModel, all_logprobs, named_weights
 from packing import Sample
 
@@ -346,6 +346,7 @@ def make_engine(config: Config, policy: LanguageModel, keep_model: bool = True) 
     The process group must exist (vLLM joins it). Without `keep_model` the policy loses its model where vLLM has a copy,
     which then has the GPU to itself. Raises ConfigError if vLLM is needed and not installed.
     """
+    announce("start the engine")
     if engine_kind(config) == "transformers":
         from transformers_engine import PaddedEngine, TransformersEngine  # which imports this file
 

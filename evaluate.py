@@ -36,7 +36,7 @@ import numpy as np
 
 import envs
 from config import LEVELS, Config, ConfigError
-from distributed import PreemptionSignal, all_gather_objects, init_distributed
+from distributed import PreemptionSignal, all_gather_objects, announce, init_distributed
 from engine import Engine, make_engine
 from logger import repeats
 from model import load_model
@@ -70,10 +70,12 @@ def main() -> None:
     config = _config(arguments, run)
     file = preflight(config, ckpt, arguments.out or run or Path("runs") / f"eval_{Path(ckpt).name}")
     rank, _ = init_distributed(config)
+    announce(f"load {ckpt}")
     policy = load_model(config, path=ckpt, train=False)
     guidelines_file = Path(ckpt) / "guidelines.json"
     guidelines = json.loads(guidelines_file.read_text()) if guidelines_file.is_file() else []
     engine = make_engine(config, policy, keep_model=False)
+    announce(f"play {', '.join(config.eval.levels)}")
     started = time.monotonic()
     results, episodes = evaluate_levels(engine, config, guidelines)
     if "L2" in results:  # a run that was trained on held-out types is marked: they are not new to it

@@ -105,7 +105,6 @@ def train(config: Config) -> None:
     critic = ppo.critic if ppo else None
     checkpoint.check_disk(config, [policy, critic] if critic else [policy], config.train.iterations - state.iteration)
     checkpoint.rehearse_save(policy, config.run_dir / "checkpoints")
-    announce("start the engine")
     engine = make_engine(config, policy)
     teacher = judge.make_api_teacher(config, engine.num_replicas, state.teacher_spent)
     # as many environments as this engine's share has episodes: more would idle

@@ -35,7 +35,7 @@ import prompts
 import sft_data
 from checkpoint import FINAL, RunLock, TrainState, check_disk, rehearse_save, resume, save_checkpoint
 from config import Config, ConfigError
-from distributed import Optimizer, PreemptionSignal, adamw, init_distributed, progress_bar
+from distributed import Optimizer, PreemptionSignal, adamw, announce, init_distributed, progress_bar
 from logger import drop_later, save_run_info
 from model import LanguageModel, load_model, token_logprobs, training_batches
 from model_files import base_of, check_model_folder, known_positions, load_chat
@@ -52,8 +52,10 @@ def main() -> None:
     config = read_command_line(__doc__, preflight)
     init_distributed(config)
     lock = RunLock(config.run_dir)
+    announce("read or make the rows")
     rows = load_rows(config)
     state = resume(config, rows=map(json.dumps, rows))
+    announce(f"load {state.folder}")
     model = load_model(config, state.folder)
     train(model, rows, config, state)
     finish(lock)

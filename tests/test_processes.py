@@ -102,12 +102,13 @@ def same_ends(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "code"), [("SIGTERM", 0), ("SIGINT", 0), ("SIGKILL", -9)])
-def test_a_cold_start_goes_on_midway(cold_start, tmp_path, kind, code):
+def test_a_cold_start_goes_on_midway(cold_start, small_games, tmp_path, kind, code):
     """Asked to end it saves at once; killed it loses the epoch under way."""
     total = tiny.metrics_of(cold_start.parent / "runs/sft")[-1]["update"]
     steps = total // 2
     done = signalled(tmp_path, "train_sft", steps, kind, cold_start)
     assert done.returncode == code, done.stderr[-2000:]
+    assert tiny.announced(done.stderr) == ["read or make the rows", f"load {tiny.checkpoint(small_games)}"]
     left = tmp_path / "runs/sft/checkpoints"
     reached = int(os.readlink(left / "latest"))
     assert reached == steps if kind != "SIGKILL" else total // 3 <= reached <= steps
@@ -193,6 +194,7 @@ def test_what_was_found_is_printed_before_it_is_written(small_games, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=tiny.environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(r"error: No space left on device: .*eval_000001.partial", done.stderr)
+    assert tiny.announced(done.stderr) == [f"load {tiny.checkpoint(small_games)}", "start the engine", "play L0"]
     assert not list(tmp_path.rglob("eval_*.json"))  # nothing that says: this is evaluated
     assert re.search(r"\[\d+\.\d, \d+\.\d\] n=6", done.stdout)
 

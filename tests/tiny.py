@@ -213,5 +213,10 @@ def run(script: str | Path, *arguments: str | Path, cwd: Path, ranks: int = 1, t
     return done.stdout
 
 
+def announced(stderr: str) -> list[str]:
+    """List what a script said that it begins, without the times."""
+    return re.findall(r"^\d\d:\d\d:\d\d  (.*)$", stderr, re.MULTILINE)
+
+
 def copy(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target, symlinks=True))
