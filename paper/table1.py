@@ -244,6 +244,10 @@ TRAINING_END = {
     "in the danger zone": "coupling/flawed_in_danger",
     "judge, balanced accuracy by the labels it learns from": "judge/balanced_accuracy",
 }
+PICTURES = {
+    "table1_forest.png": "what each pair changes on each level",
+    "table1_scatter.png": "success against the change of the coupling gap, by level",
+}
 COOLING = {f"{what} it": what for what in ("cooled", "heated", "cleaned", "heated or cleaned")}
 
 
@@ -276,11 +280,11 @@ def types_table(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def mechanism_table(results: Mapping[str, Any], level: str, title: str, columns: Mapping[str, str]) -> list[list[str]]:
-    """Lay out numbers of mechanism(): every row's means over seeds, then what each pair changes, with intervals."""
+    """Lay out numbers of mechanism(): every row's means over seeds, after the start's on the same steps where these are
+    known, then what each pair changes, with intervals."""
     lines = [[title, *columns]]
     for name, found in results["mechanism"].items():
-        values = (f"{found[level][key]:.3f}" if key in found[level] else "" for key in columns.values())
-        lines.append([ROWS[name].title, *values])
+        lines.append([ROWS[name].title, *(_mean(found[level], key) for key in columns.values())])
     for difference, cells in results["pairs"].items():
         found = cells["mechanism"][level]
         lines.append([difference, *(_change(found[key]) if key in found else "" for key in columns.values())])
@@ -292,6 +296,13 @@ def tables(results: Mapping[str, Any]) -> list[list[list[str]]]:
     are runs of it."""
     made = [success_table(results), difference_table(results), types_table(results)]
     made.append(mechanism_table(results, "L2", 'share of the games of "cool"', COOLING))
+    return [table for table in made if len(table) > 1]
+
+
+def mechanism_tables(results: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Lay out how training ended, and what mechanism.py measured on each level: as far as there are runs of it."""
+    made = [mechanism_table(results, "L0", "at the end of training", TRAINING_END)]
+    made += [mechanism_table(results, level, f"mechanism, {level}", MECHANISM) for level in LEVELS]
     return [table for table in made if len(table) > 1]
 
 
@@ -317,12 +328,9 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Write these tables and the verdict in Markdown."""
-    parts = []
-    for head, *body in tables(results):
-        lines = [head, ["---"] * len(head), *body]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join([*parts, *verdict(results)]) + "\n"
+    """Write all tables, the verdict and the pictures in Markdown."""
+    parts = [*map(_markdown, tables(results)), *verdict(results), *map(_markdown, mechanism_tables(results))]
+    return "\n\n".join([*parts, *(f"![{title}]({name})" for name, title in PICTURES.items())]) + "\n"
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -338,17 +346,14 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
     forest(results, folder / "table1_forest.png")
     scatter(results, folder / "table1_scatter.png")
     pictures = "".join(
-        f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}">'
-        for name in ("table1_forest.png", "table1_scatter.png")
+        f'<p><img alt="{title}" src="data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}">'
+        for name, title in PICTURES.items()
     )
-    shown = [*tables(results), mechanism_table(results, "L0", "at the end of training", TRAINING_END)]
-    shown += [mechanism_table(results, level, level, MECHANISM) for level in LEVELS]
+    shown = "".join(map(_html, [*tables(results), *mechanism_tables(results)]))
     said = "".join(f"<p>{html.escape(sentence)}" for sentence in verdict(results))
     style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
     page = f"<!doctype html><meta charset=utf-8><title>Table 1 in miniature</title><style>{style}</style>"
-    (folder / "table1.html").write_text(
-        page + f"<h1>Table 1 in miniature</h1>{said}{''.join(map(_html, shown))}{pictures}"
-    )
+    (folder / "table1.html").write_text(f"{page}<h1>Table 1 in miniature</h1>{said}{shown}{pictures}")
 
 
 def forest(results: Mapping[str, Any], path: Path) -> None:
@@ -396,9 +401,18 @@ def _percent(value: Sequence[float], sign: bool = False) -> str:
     return f"{middle} [{low}, {high}]"
 
 
+def _mean(found: Mapping[str, float], key: str) -> str:
+    return " to ".join(f"{found[name]:.3f}" for name in (f"{key} at the start", key) if name in found)
+
+
 def _change(value: Sequence[float]) -> str:
     middle, *ends = (f"{one:+.3f}" for one in value)
     return f"{middle} [{', '.join(ends)}]" if ends else middle
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "| --- " * len(lines[0]) + "|", *body])
 
 
 def _html(lines: Sequence[Sequence[str]]) -> str:
