@@ -290,7 +290,7 @@ def test_the_committed_table_is_of_the_committed_records(monkeypatch):
     written = made.folder.joinpath("table1.md").read_text()
     assert written == table1.markdown(results)
     success, difference, *_ = written.split("\n\n")
-    (first, second, *_) = re.findall(r"(?:^\|.*\n)+", Path("README.md").read_text(), re.MULTILINE)
+    first, second, *_ = re.findall(r"(?:^\|.*\n)+", Path("README.md").read_text(), re.MULTILINE)
     assert [first, second] == [success + "\n", difference + "\n"]
 
 
