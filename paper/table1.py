@@ -358,7 +358,7 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
 
 def forest(results: Mapping[str, Any], path: Path) -> None:
     """Draw what is changed, pair by pair and level by level; the primary outcome stands out."""
-    fig, axis = pyplot.subplots(figsize=(8, 1 + 0.3 * len(LEVELS) * max(1, len(results["pairs"]))))
+    fig, axis = pyplot.subplots(figsize=(9, 1 + 0.3 * len(LEVELS) * max(1, len(results["pairs"]))))
     labels = []
     for title, cells in results["pairs"].items():
         for level in LEVELS:
@@ -366,7 +366,8 @@ def forest(results: Mapping[str, Any], path: Path) -> None:
             primary = (title, level) == PRIMARY
             look = {"color": "C3" if primary else "C0", "marker": "D" if primary else "o", "capsize": 3}
             axis.errorbar(middle, len(labels), xerr=[[middle - low], [high - middle]], **look)
-            labels.append(f"{title}, {level}" + " (primary)" * primary)
+            seeds = f"{len(cells['seeds'])} seeds" if len(cells["seeds"]) > 1 else "1 seed: games alone"
+            labels.append(f"{title}, {level} ({'primary, ' * primary}{seeds})")
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
     axis.axvline(0, color="grey", linewidth=1)
