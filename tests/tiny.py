@@ -33,7 +33,7 @@ env: {{name: alfworld, data: {games}, max_steps: 6}}
 algo: {{advantage: gigpo}}
 rollout: {{groups: 4, group_size: 4, temperature: 0.7, max_prompt_tokens: 800, max_response_tokens: 40, concurrency: 16,
           kv_cache_gib: 0.1}}
-judge: {{enabled: true, questions: 8, group_size: 4, teacher: expert, max_prompt_tokens: 1200, max_response_tokens: 60}}
+judge: {{enabled: true, questions: 8, group_size: 4, teacher: expert, max_prompt_tokens: 1200, max_response_tokens: 80}}
 guidelines: {{every: 1, writer: medoid}}
 train: {{iterations: 2, lr: 1.0e-3, samples_per_update: 48, tokens_per_micro_batch: 4096, checkpoint_every: 1,
         eval_every: 2}}
