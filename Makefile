@@ -1,6 +1,6 @@
 # make quickstart   from nothing to a table, on a laptop: quickstart.sh
 # make test         the whole test suite
-# make table1       Table 1 in miniature: every method with GCD and without, 3 to 8 seeds each; some nights on 2 cores
+# make table1       Table 1 in miniature: every method with GCD and without, 3 to 8 seeds each; 30 hours on 2 cores
 # make base         trains the tiny base model under assets/ anew
 # make clean        forgets the games and runs that quickstart made
 #
