@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole project on one page, on a laptop: from nothing to an agent that learned by RL with GCD, and a table.
 #
-#   ./quickstart.sh                             11 minutes on 2 CPU cores, after the installation
+#   ./quickstart.sh                             14 minutes on 2 CPU cores, after the installation
 #   ./quickstart.sh quickstart_plain            the same without GCD
 #   SEED=1 ./quickstart.sh                      another training seed, in folders that end in _1
 #
@@ -44,7 +44,7 @@ evaluated "$rl" ||
     run train_rl.py "configs/$config.yaml" --set device="$DEVICE" seed="$seed" name="$config$suffix" \
         model.path="$sft/checkpoints/latest"
 
-# 6. Evaluation: all 200 new games of a level, thrice; the table; a page to look at
+# 6. Evaluation: all new games of every level, twice; the table; a page to look at
 evaluated "$rl" || run evaluate.py --ckpt "$rl/checkpoints/latest" --set device="$DEVICE"
 echo
 .venv/bin/python evaluate.py --table $base "$sft" "$rl"
