@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole project on one page, on a laptop: from nothing to an agent that learned by RL with GCD, and a table.
 #
-#   ./quickstart.sh                             14 minutes on 2 CPU cores, after the installation
+#   ./quickstart.sh                             15 minutes on 2 CPU cores, after the installation
 #   ./quickstart.sh quickstart_plain            the same without GCD
 #   SEED=1 ./quickstart.sh                      another training seed, in folders that end in _1
 #

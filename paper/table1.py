@@ -248,6 +248,18 @@ PICTURES = {
     "table1_forest.png": "what each pair changes on each level",
     "table1_scatter.png": "success against the change of the coupling gap, by level",
 }
+PAGE_HEAD = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>Table 1 in miniature</title>
+<style>
+body { font: 14px/1.5 sans-serif; max-width: 1440px; margin: 2em auto; padding: 0 1em }
+div { overflow-x: auto; margin: 2em 0 }  /* a wide table scrolls; the page does not */
+table { border-collapse: collapse }
+td, th { padding: .25em .6em; text-align: left; white-space: nowrap; border-bottom: 1px solid #ddd }
+th { border-color: #444; white-space: normal }
+td { font-variant-numeric: tabular-nums }
+img { max-width: 100% }
+</style>
+"""
 COOLING = {f"{what} it": what for what in ("cooled", "heated", "cleaned", "heated or cleaned")}
 
 
@@ -345,15 +357,14 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
     (folder / "table1.md").write_text(markdown(results))
     forest(results, folder / "table1_forest.png")
     scatter(results, folder / "table1_scatter.png")
-    pictures = "".join(
-        f'<p><img alt="{title}" src="data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}">'
+    forest_drawn, scatter_drawn = (
+        f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}">'
         for name, title in PICTURES.items()
     )
-    shown = "".join(map(_html, [*tables(results), *mechanism_tables(results)]))
     said = "".join(f"<p>{html.escape(sentence)}" for sentence in verdict(results))
-    style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}"
-    page = f"<!doctype html><meta charset=utf-8><title>Table 1 in miniature</title><style>{style}</style>"
-    (folder / "table1.html").write_text(f"{page}<h1>Table 1 in miniature</h1>{said}{shown}{pictures}")
+    success, mechanism = ("".join(map(_html, made)) for made in (tables(results), mechanism_tables(results)))
+    body = f"<h1>Table 1 in miniature</h1>{said}{forest_drawn}{success}{mechanism}{scatter_drawn}"
+    (folder / "table1.html").write_text(f"{PAGE_HEAD}{body}")
 
 
 def forest(results: Mapping[str, Any], path: Path) -> None:
@@ -418,7 +429,8 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def _html(lines: Sequence[Sequence[str]]) -> str:
     head, *body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines]
-    return f"<table><tr>{head.replace('td>', 'th>')}</tr>{''.join(f'<tr>{line}</tr>' for line in body)}</table>"
+    rows = "".join(f"<tr>{line}</tr>" for line in (head.replace("td>", "th>"), *body))
+    return f"<div><table>{rows}</table></div>"
 
 
 if __name__ == "__main__":
