@@ -426,3 +426,18 @@ def test_it_fits_a_phone_and_says_what_it_lacks(tmp_path, browser):
     path.write_text(page_of(tmp_path), encoding="utf-8")  # a folder without any file of a run
     visit(browser, path)
     assert "no episodes" in units(browser, "#status")[0].lower() and browser.get_log("browser") == []
+
+
+@in_browser
+def test_long_attempts_stay_beside_the_step(tmp_path, browser):
+    path = tmp_path / "page.html"
+    path.write_text(page_of(write_run(tmp_path / "run", 1, [episode(0, 0, [step(n) for n in range(50)])])))
+    size = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        visit(browser, path)
+        side = "return document.querySelector(arguments[0]).getBoundingClientRect()[arguments[1]]"
+        ends, starts = browser.execute_script(side, ".first", "right"), browser.execute_script(side, ".second", "left")
+        assert 0 < ends < starts
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
