@@ -516,19 +516,20 @@ def checkpoint_table(records: Sequence[Numbers], figure: Figure) -> str:
 
     lines = [figure.title, line("run", "iteration", *figure.shown)]
     for record in records:
-        cells = [_number(record.get(name)) for name in figure.shown]
+        cells = [with_interval(record.get(name)) for name in figure.shown]
         lines.append(line(record["run"], record.get("iteration", ""), *cells))
     ends = {record["run"]: record for record in records}.values()  # the last of each run
     lines.append("mean over runs [lowest, highest] at their last checkpoint")
     for method in sorted({record["method"] for record in ends}):
         own = [record for record in ends if record["method"] == method]
         values = [[record[name][0] for record in own] for name in figure.shown]
-        cells = [_number((np.mean(each), min(each), max(each))) for each in values]
+        cells = [with_interval((np.mean(each), min(each), max(each))) for each in values]
         lines.append(line(method, f"{len(own)} run{'s' * (len(own) > 1)}", *cells))
     return "\n".join(lines)
 
 
-def _number(value: Sequence[float] | None) -> str:
+def with_interval(value: Sequence[float] | None) -> str:
+    """Write an estimate [low, high]; "-" where there is none."""
     if value is None or math.isnan(value[0]):
         return "-"
     small = 0 < max(map(abs, value)) < 0.01
@@ -542,10 +543,10 @@ def won_and_lost_table(records: Sequence[Numbers], figure: Figure) -> str:
     for record in records:
         lines.append(f"{record['run']}: {record['episodes']} episodes, {record['won episodes']} of them won")
         for key in (key.removesuffix(", won") for key in record if key.endswith(", won") and "curve" not in key):
-            won, lost = (_number(record[f"{key}, {kind}"]) for kind in ("won", "lost"))
+            won, lost = (with_interval(record[f"{key}, {kind}"]) for kind in ("won", "lost"))
             lines.append(f"  {key:<48} won {won:<26} lost {lost}")
         for key in (key for key in record if key.endswith("covariance with success")):
-            lines.append(f"  {key:<48} {_number(record[key])}")
+            lines.append(f"  {key:<48} {with_interval(record[key])}")
     return "\n".join(lines)
 
 

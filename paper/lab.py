@@ -283,6 +283,12 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     os.replace(partial, file)
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lay out a table for a terminal."""
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return "\n".join("".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
 def _brief(record: Record) -> str:
     success = ", ".join(f"{level} {100 * one['success']:.1f}" for level, one in record["levels"].items())
     return f"{record['row']}, seed {record['seed']}: {success}; {_clock(record['seconds'])}"

@@ -6,7 +6,8 @@ The model that the run started from plays --games games of each level's evaluati
 from them are good, half flawed: by the paper's rules, then by the environment's teacher, who sees a step per game.  Of
 these steps the run's last checkpoint is asked: how are their gradients coupled (Figure 8), can it judge them, how
 consistently does it still take the same actions (Figures 1 and 5).  Runs from one start are asked of the same steps,
-whatever labels they learned from.  The measures are those of figures.py; the run's folder gets mechanism.json.
+whatever labels they learned from.  The measures are those of figures.py; they are printed, and the run's folder gets
+mechanism.json.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,13 +27,13 @@ import config as configuration  # before torch: it sets the number of threads
 # isort: split
 import envs
 from config import LEVELS, Config
-from distributed import init_distributed
+from distributed import announce, init_distributed, progress_bar
 from engine import make_engine, sync_weights
 from model import load_model
 from paper import behaviour, geometry
 from paper.behaviour import Missing, Numbers, Subject
-from paper.figures import for_panels, load_run
-from paper.lab import write_json
+from paper.figures import for_panels, load_run, with_interval
+from paper.lab import aligned, write_json
 
 MEASURES = (
     geometry.coupling_gaps,
@@ -54,13 +56,15 @@ def measure(config: Config, start: str, checkpoint: str) -> dict[str, Numbers]:
     policy = load_model(config, path=start, train=False)
     engine = make_engine(config, policy)
     sync_weights(engine, policy)
-    played = {level: behaviour.play_panel(engine, config, level) for level in LEVELS}
+    announce(f"{start} plays {', '.join(LEVELS)}")
+    played = {level: behaviour.play_panel(engine, config, level) for level in progress_bar(LEVELS)}
     panels = {level: behaviour.labelled_panel(episodes, config) for level, episodes in played.items()}
     found: dict[str, Numbers] = {level: {} for level in LEVELS}
     for name, folder in ((" at the start", start), ("", checkpoint)):
         engine.policy = load_model(config, path=folder, train=False)
         sync_weights(engine, engine.policy)
-        for level in LEVELS:
+        announce(f"{folder} is measured")
+        for level in progress_bar(LEVELS):
             own = behaviour.play_panel(engine, config, level) if folder != start else played[level]
             subject = Subject(engine, config, own=own, start=played[level], middle=own, labelled=panels[level])
             try:
@@ -70,6 +74,14 @@ def measure(config: Config, start: str, checkpoint: str) -> dict[str, Numbers]:
                 found[level] |= {"missing": str(why)}
     engine.close()
     return found
+
+
+def table(levels: Mapping[str, Numbers]) -> str:
+    """Lay out what was measured: a line per number, at the start and now, a column per level; then what is missing."""
+    names = [key + when for key in KEPT for when in (" at the start", "")]
+    lines = [[name, *(with_interval(levels[level].get(name)) for level in LEVELS)] for name in names]
+    missing = [f"{level}: {found['missing']}" for level, found in levels.items() if "missing" in found]
+    return "\n".join([aligned([["", *LEVELS], *lines]), *missing])
 
 
 def main() -> None:
@@ -93,7 +105,9 @@ def main() -> None:
     checkpoint = (arguments.run / "checkpoints" / "latest").resolve()
     levels = measure(config, arguments.start, str(checkpoint))
     found = {"checkpoint": checkpoint.name, "levels": levels, "seconds": time.monotonic() - began}
-    write_json(arguments.run / "mechanism.json", found)
+    file = arguments.run / "mechanism.json"
+    write_json(file, found)
+    print(table(levels), file, sep="\n")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from matplotlib import pyplot
 
 import envs
 from config import LEVELS, ConfigError
-from paper.lab import Lab, Record, Row, gain, interval, interval_over_seeds, shares
+from paper.lab import Lab, Record, Row, aligned, gain, interval, interval_over_seeds, shares
 
 ROWS = {
     "vanilla": Row("Vanilla", "sft", script=""),
@@ -343,12 +343,6 @@ def markdown(results: Mapping[str, Any]) -> str:
     """Write all tables, the verdict and the pictures in Markdown."""
     parts = [*map(_markdown, tables(results)), *verdict(results), *map(_markdown, mechanism_tables(results))]
     return "\n\n".join([*parts, *(f"![{title}]({name})" for name, title in PICTURES.items())]) + "\n"
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lay out a table for a terminal."""
-    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
-    return "\n".join("".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:

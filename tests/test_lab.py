@@ -13,7 +13,7 @@ import tiny
 
 import envs
 from config import LEVELS, Config, ConfigError, ModelConfig
-from paper import dose, lab, table1
+from paper import dose, lab, mechanism, table1
 from paper.lab import Lab, Row, interval, interval_over_seeds, shares
 
 RUNS = ("vanilla", "base_gcd", "base_grpo")
@@ -127,12 +127,12 @@ def test_cold_starts_come_first_and_others_start_from_them(tmp_path, monkeypatch
     todo = made._todo(table1.ROWS, {"vanilla": [0], "grpo": [0, 1], "rlvmr": [1], "base_grpo": [0]})
     assert todo[:4] == [("vanilla", 0), ("sft", 0), ("sft", 1), ("sft_rlvmr", 1)]
     assert todo[4:] == [("grpo", 0), ("base_grpo", 0), ("grpo", 1), ("rlvmr", 1)]
-    train, evaluation, mechanism = made.commands(table1.ROWS, "rlvmr", 1)
+    train, evaluation, measure = made.commands(table1.ROWS, "rlvmr", 1)
     start = "runs/lab_sft_rlvmr_s1/checkpoints/latest"
     assert train[:2] == ["train_rl.py", "configs/lab_rlvmr.yaml"]
     assert {"seed=1", "name=lab_rlvmr_s1", f"model.path={start}"} <= set(train)
     assert evaluation == ["evaluate.py", "--ckpt", "runs/lab_rlvmr_s1/checkpoints/latest"]
-    assert mechanism == ["paper/mechanism.py", "runs/lab_rlvmr_s1", "--start", start]
+    assert measure == ["paper/mechanism.py", "runs/lab_rlvmr_s1", "--start", start]
     assert "model.path=assets/base" in made.commands(table1.ROWS, "base_grpo", 0)[0]
 
 
@@ -218,6 +218,15 @@ def record(won: str = "1000", cos: float = 0.1) -> dict:
     levels = dict.fromkeys(LEVELS, level)
     found = {"levels": levels, "plays": 1, "mechanism": dict.fromkeys(LEVELS, measured)}
     return found | {"cooling": {"heated": cos, "cooled": 0.5}, "late": {"rollout/success": 0.5}}
+
+
+def test_what_is_measured_of_a_run_is_printed():
+    levels = record()["mechanism"] | {"L2": {"missing": "no labelled steps"}}
+    head, first, second, *_, last = mechanism.table(levels).splitlines()
+    assert head.split() == [*LEVELS]
+    assert first.split("  ")[0] == "cos at the start" and first.split()[4:7] == ["0.050", "[0.000,", "0.000]"]
+    assert second.split()[:4] == ["cos", "0.100", "[0.000,", "1.000]"] and second.split()[-1] == "-"
+    assert last == "L2: no labelled steps"
 
 
 def test_pairs_are_compared_on_the_seeds_that_both_or_all_have():
