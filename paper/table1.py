@@ -356,8 +356,8 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         for name, title in PICTURES.items()
     )
     said = "".join(f"<p>{html.escape(sentence)}" for sentence in verdict(results))
-    success, mechanism = ("".join(map(_html, made)) for made in (tables(results), mechanism_tables(results)))
-    body = f"<h1>Table 1 in miniature</h1>{said}{forest_drawn}{success}{mechanism}{scatter_drawn}"
+    shown = "".join(map(_html, [*tables(results), *mechanism_tables(results)]))
+    body = f"<h1>Table 1 in miniature</h1>{said}{forest_drawn}{shown}{scatter_drawn}"
     (folder / "table1.html").write_text(f"{PAGE_HEAD}{body}")
 
 
